@@ -1,0 +1,52 @@
+"""What every test shares: no network, the same numbers on every run, and the real models."""
+
+import os
+
+# Before any import that reads them. Tests never reach the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Besides choosing deterministic kernels, this fills new memory with NaN: a cache row that is read
+# before it is written shows.
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Seeds every test alike, whatever ran before it, and catches a changed default dtype."""
+    torch.manual_seed(0)
+    yield
+    left = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert left == torch.float32, f"the default dtype was left at {left}"
+
+
+@pytest.fixture(scope="session")
+def gguf_path() -> Callable[[str], Path]:
+    """A function from a model's name ("smollm2-135m") to its real file, fetched if need be.
+
+    The file lies in the user's own cache, so that a second run fetches nothing. Where it cannot be
+    had the test is skipped; under CI (environment variable CI) it fails.
+    """
+    from ch08_full_models.checkpoint import CheckpointError, fetch
+
+    failed: dict[str, str] = {}  # a name that could not be fetched is not tried again
+
+    def path(name: str) -> Path:
+        if name not in failed:
+            try:
+                return fetch(name)
+            except CheckpointError as error:
+                failed[name] = f"{name} cannot be fetched: {error}"
+        if os.environ.get("CI"):
+            pytest.fail(failed[name])
+        pytest.skip(failed[name])
+
+    return path
