@@ -17,6 +17,7 @@ short enough to read; any other is run as it is.
     Chat           a conversation that feeds the model only what is new in each turn
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ def compile_jinja(source: str):  # -> jinja2.Template, which is imported only he
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.from_string(source)
 
 
@@ -258,8 +260,11 @@ def stream_text(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
     last: list[int] = []
     n_sent = 0  # characters of their text that have been passed on
     for token in ids:
+        name = tokenizer.model.token_of(token)
+        if name is None or (tokenizer.id_of(name) == token and not tokenizer.decode([token])):
+            continue  # a control token has no text
         last.append(token)
-        if BYTE.fullmatch(tokenizer.model.token_of(token) or ""):
+        if BYTE.fullmatch(name):
             continue  # a run of these is read as a whole: one wrong byte would change all of it
         text = whole_text(tokenizer.decode(last))
         if len(text) > n_sent:

@@ -56,7 +56,7 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-BLOCK = 32 << 20  # bytes; a larger tensor is read in blocks of rows
+BLOCK = 16 << 20  # bytes; a larger tensor is read in blocks of rows
 
 
 def load(
@@ -182,13 +182,35 @@ def fill(
     the file that holds the tensor, if files (tensor name -> file) says, else the path.
     """
     try:
-        family.load_weights(model, weights)
+        family.load_weights(model, adopt(model, family, weights))
     except CheckpointError:
         raise
     except (KeyError, RuntimeError, ValueError) as err:
         text = one_line(err)
         file = next((files[word] for word in text.replace(":", " ").split() if word in files), path)
         raise CheckpointError(f"{file}: {text}") from err
+
+
+@torch.no_grad()
+def adopt(
+    model: nn.Module, family: ModuleType, weights: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, for load_weights. One that is just what the model needs becomes the parameter's
+    memory, in place of the empty one, and load_weights gets the parameter itself: nothing to copy.
+    """
+    params = dict(model.named_parameters())
+    for name, tensor in weights:
+        for ours, kept in family.convert({name: tensor}).items():
+            param = params.get(ours)
+            if kept is tensor and param is not None and alike(param, tensor):
+                param.data = tensor
+                tensor = param
+        yield name, tensor
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """True if one can take the other's place."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def one_line(err: Exception) -> str:

