@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,8 +47,8 @@ CHECKPOINT, RESULT = "checkpoint.safetensors", "result.json"  # the files in a r
 class TrainConfig:
     """What decides the losses, together with the model and the text."""
 
-    steps: int = 300
-    batch_size: int = 16  # sequences
+    steps: int = 400
+    batch_size: int = 8  # sequences
     seq_len: int = 64  # tokens a sequence
     lr: float = 2e-3  # at its highest
     lr_floor: float = 0.1  # where the decay ends, as a share of lr
@@ -71,8 +71,8 @@ class TrainConfig:
 class TrainResult:
     """What a run leaves. Losses are in nats a token."""
 
-    losses: list[float]  # of each step's batch, before the step
-    grad_norms: list[float]  # before clipping
+    losses: list[float] = field(repr=False)  # of each step's batch, before the step
+    grad_norms: list[float] = field(repr=False)  # before clipping
     val_steps: list[int]  # steps done at each evaluation, from 0 on
     val_losses: list[float]
     final_train_loss: float  # mean over the last tenth of the steps
@@ -161,7 +161,7 @@ def token_losses(
     device = next(model.parameters()).device
     if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU's queue to end
         inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
         logits_BTV = model(inputs_BT.to(device, non_blocking=True))
     targets_BT = targets_BT.to(device, non_blocking=True)
     logits_BTV = logits_BTV.float()  # bfloat16's eight bits lose the small terms of a long sum
@@ -461,7 +461,7 @@ def train_gpt2(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         lr=args.lr,
-        eval_every=min(max(args.steps // 6, 1), 500),
+        eval_every=min(math.ceil(args.steps / 6), 500),
         seed=args.seed,
     )
     if args.n_layers < 1:

@@ -11,14 +11,16 @@ Exit code 0; 2 after an error, with one line on stderr; 130 after Ctrl-C.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ch08_full_models.download import MODELS, CheckpointError, fetch, table
 
@@ -28,16 +30,13 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help, --list and typing er
     from ch08_full_models.chat import Chat
     from ch08_full_models.tokenizer import Tokenizer
 
-DEFAULT_MODEL = "smollm2-135m"
-
-
 # What is asked for
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is in --help."""
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         self.exit(2, f"error: {message}\n")
 
 
@@ -54,6 +53,13 @@ def number(kind: type, lowest: float, highest: float, wanted: str) -> Callable[[
         return value
 
     return read
+
+
+def device(text: str) -> str:
+    """Reads --device, without torch; whether the machine has it shows later."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected cpu, mps, cuda or cuda:1")
+    return text
 
 
 def build_parser() -> Parser:
@@ -84,7 +90,8 @@ def build_parser() -> Parser:
         metavar="T",
         type=number(float, 0, 1e6, "a number from 0"),
         default=0.0,
-        help="0 takes the likeliest token each time; higher varies more (default: %(default)s)",
+        help="0: always the likeliest token, the same text each time; a small model that repeats "
+        "itself does so less at 0.7 (default: %(default)s)",
     )
     add(
         "--top-k",
@@ -107,7 +114,12 @@ def build_parser() -> Parser:
     )
     add("--raw", action="store_true", help="continue the text, without a chat template")
     add("--quantize", choices=("int8", "int4"), help="keep the layers' weights in fewer bits")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 or mps (default: the fastest there is)")
+    add(
+        "--device",
+        metavar="D",
+        type=device,
+        help="cpu, mps, cuda or cuda:1 (default: the fastest there is)",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -188,7 +200,7 @@ def per_second(count: int, seconds: float) -> float | None:
 def peak_rss_bytes() -> int | None:
     """The most memory this process has held, in bytes; None where the system does not say."""
     with suppress(OSError, ValueError):  # Linux: getrusage would count the parent's peak as well
-        status = open("/proc/self/status", encoding="utf-8").read()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     try:
         import resource
@@ -282,8 +294,8 @@ def print_text(pieces: Iterator[str], stop: StopOnCtrlC | None = None) -> None:
     print(flush=True)
 
 
-def converse(new_chat: "Callable[[], Chat]", name: str, raw: bool) -> None:
-    """A chat in the terminal; with raw, each line is a text of its own to continue."""
+def converse(new_chat: "Callable[[], Chat]", name: str, raw: bool) -> "Chat":
+    """A chat in the terminal, or the last of several; with raw, each line is a text to continue."""
     with suppress(ImportError):  # arrow keys and history for input(), where there is readline
         import readline  # noqa: F401
     start_over = "" if raw else "/new starts over, "
@@ -294,24 +306,28 @@ def converse(new_chat: "Callable[[], Chat]", name: str, raw: bool) -> None:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
-            return
-        if line.strip() == "/exit":
-            return
-        if not line.strip():
-            continue
-        if raw or line.strip() == "/new":
+            return chat
+        command = line.strip()
+        if command == "/exit":
+            return chat
+        if command and (raw or command == "/new"):
             chat = new_chat()
-        if line.strip() == "/new":
+        if command in ("", "/new"):
             continue
         try:
             with StopOnCtrlC() as stop:
                 print_text(reply(chat, check_prompt(line), raw), stop)
+            say_if_full(chat)
         except KeyboardInterrupt:
             continue
         except CheckpointError as err:
             say(f"error: {err}")
-        if chat.stopped == "context":
-            say("(the model's context is full)")
+
+
+def say_if_full(chat: "Chat") -> None:
+    """Tells why a text ends before its end, if it is for the model's length."""
+    if chat.stopped == "context":
+        say(f"stopped: the model's context of {chat.model.cfg.max_seq_len:,} tokens is full")
 
 
 def reply(chat: "Chat", prompt: str, raw: bool) -> Iterator[str]:
@@ -328,44 +344,44 @@ def run(args: argparse.Namespace) -> None:
         check_prompt(prompt)
     path = fetch(args.model)
 
-    waits = sys.stderr.isatty()
-    if waits:
-        say(f"loading {args.model} …", end="\r")
-    import torch
+    notice = f"loading {args.model} …" if sys.stderr.isatty() else ""
+    say(notice, end="\r" if notice else "")
+    try:
+        import torch
 
-    from ch08_full_models.chat import Chat
-    from ch08_full_models.checkpoint import load
-    from ch08_full_models.speed import weight_bytes
+        from ch08_full_models.chat import Chat
+        from ch08_full_models.checkpoint import load
+        from ch08_full_models.speed import weight_bytes
 
-    start = time.perf_counter()
-    model, tokenizer = load(path, args.dtype, args.device, args.quantize)
-    load_s = time.perf_counter() - start
-    if waits:
-        say(" " * len(f"loading {args.model} …"), end="\r")
+        start = time.perf_counter()
+        model, tokenizer = load(path, args.dtype, args.device, args.quantize)
+        load_s = time.perf_counter() - start
+    finally:
+        say(" " * len(notice), end="\r" if notice else "")
     if tokenizer is None:
         raise CheckpointError(f"{path}: has no tokenizer.json, so text cannot be read or written")
-    raw, meter, chats = args.raw or is_base(args.model, tokenizer), Meter(), []
+    raw = args.raw or is_base(args.model, tokenizer)
     if raw and not args.raw:
         say(f"{args.model} is a base model: it goes on with the text, as with --raw")
+    meter = Meter()
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
     def new_chat() -> Chat:
-        sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        chats[:] = [Chat(model, meter.generate, tokenizer, args.max_new_tokens, **sampling)]
-        return chats[0]
+        return Chat(model, meter.generate, tokenizer, args.max_new_tokens, **sampling)
 
     if prompt is None:
-        converse(new_chat, args.model, raw)
+        chat = converse(new_chat, args.model, raw)
     else:
-        print_text(reply(new_chat(), prompt, raw))
-        if chats[0].stopped == "context":
-            say(f"stopped: the model's context of {model.cfg.max_seq_len:,} tokens is full")
+        chat = new_chat()
+        print_text(reply(chat, prompt, raw))
+        say_if_full(chat)
     if args.stats:
         parameter = next(model.parameters())
         stats = meter.report() | {
             "load_s": round(load_s, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "weight_bytes": weight_bytes(model),
-            "cache_bytes": sum(layer.n_bytes() for layer in chats[0].cache),
+            "cache_bytes": sum(layer.n_bytes() for layer in chat.cache),
             "model": args.model,
             "source": str(path),
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -387,8 +403,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # The model may write any character. In a file or a pipe that is UTF-8 everywhere; a console
     # with an older encoding shows "?" for what it does not have.
-    encoding = None if sys.stdout.isatty() else "utf-8"
-    sys.stdout.reconfigure(encoding=encoding, errors="replace")
+    encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+    with suppress(AttributeError):  # a notebook's stdout has no encoding to set
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")
     try:
         if args.list and args.prompt is not None:
             raise CheckpointError("--list takes no prompt")

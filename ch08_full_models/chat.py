@@ -20,7 +20,7 @@ short enough to read; any other is run as it is.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,13 @@ from torch import Tensor
 from ch08_full_models.download import CheckpointError
 
 if TYPE_CHECKING:
+    import jinja2
+
     from ch08_full_models.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": the text}
 
-# Unicode reserves these two for use inside a program: no text contains them.
+# Two of the characters that Unicode reserves for use inside a program. Texts lose them.
 GUARD, ANSWER = "\ufdd0", "\ufdd1"
 
 
@@ -93,27 +95,26 @@ def split_system(messages: list[Message]) -> tuple[str, list[Message]]:
     return system, turns
 
 
-@dataclass(frozen=True)
-class Format:
-    """A template we know, and how to tell a checkpoint's own as the same."""
-
-    template: Callable[[list[Message], bool], str]
-    has: tuple[str, ...]  # all of these stand in the checkpoint's own
-    lacks: tuple[str, ...] = ()  # none of these does: the marks of relatives that say more
-
-
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QWEN2 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-FORMATS = (
-    Format(partial(chatml, system=SMOLLM2), ("<|im_start|>", SMOLLM2), ("think", "tool")),
-    Format(partial(chatml, system=QWEN2), ("<|im_start|>", QWEN2), ("think",)),
-    Format(chatml, ("<|im_start|>",), ("system", "think", "tool", "trim", "bos_token")),
-    Format(llama3, ("<|start_header_id|>", "trim"), ("think", "tool", "Cutting Knowledge")),
-    Format(gemma, ("<start_of_turn>", "trim", "bos_token"), ("think", "tool")),
-    Format(
-        mistral, ('"[INST] " + message["content"] + "[/INST]"', '" " + message["content"]|trim')
-    ),
+TEMPLATES = (
+    partial(chatml, system=SMOLLM2),
+    partial(chatml, system=QWEN2),
+    chatml,
+    llama3,
+    gemma,
+    mistral,
 )
+
+# Ours stands in for a checkpoint's own template if both write these the same. They show what else
+# relatives do: trim a text, drop old thoughts, say the date, put a system message elsewhere.
+TALK = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": " Hi\n"},
+    {"role": "assistant", "content": "<think>\nHm\n</think>\n\n Hello\n"},
+    {"role": "user", "content": "\n Why? "},
+]
+SAMPLES = (TALK[1:2], TALK)
 
 
 # From messages to tokens
@@ -151,8 +152,13 @@ def encode_segments(tokenizer: "Tokenizer", segments: list[str | Special]) -> li
         if isinstance(segment, Special):
             ids.append(tokenizer.id_of(segment))
         else:
-            ids += tokenizer.encode(segment, bos=False, parse_special=False)
+            ids += encode_text(tokenizer, segment)
     return ids
+
+
+def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The ids of a text within a conversation, in which control tokens' names are just letters."""
+    return tokenizer.encode(text, bos=False, parse_special=False)
 
 
 # What a control token may look like: <|im_end|>, <start_of_turn>, [INST].
@@ -162,7 +168,7 @@ CONTROL = re.compile(r"<[^<>\[\]\s]+>|\[[^<>\[\]\s]+\]")
 def is_control(tokenizer: "Tokenizer", token: str) -> bool:
     """True for a control token, unless text may have it: Gemma's <h1>, Qwen3's <think>."""
     token_id = tokenizer.id_of(token)
-    text_ids = [token_id] if token_id is None else tokenizer.encode(token, False, False)
+    text_ids = [token_id] if token_id is None else encode_text(tokenizer, token)
     return text_ids != [token_id]
 
 
@@ -173,7 +179,7 @@ def guard(tokenizer: "Tokenizer", text: str) -> str:
         token = found[0]
         return token[0] + GUARD + token[1:] if is_control(tokenizer, token) else token
 
-    return CONTROL.sub(mark, text.replace(GUARD, ""))
+    return text if text == ANSWER else CONTROL.sub(mark, re.sub(f"[{GUARD}{ANSWER}]", "", text))
 
 
 def split(tokenizer: "Tokenizer", text: str) -> list[str | Special]:
@@ -190,13 +196,15 @@ def split(tokenizer: "Tokenizer", text: str) -> list[str | Special]:
 
 def find_template(tokenizer: "Tokenizer") -> Callable[[list[Message], bool], str]:
     """Our version of the checkpoint's template, or its own. Raises CheckpointError without one."""
-    source = tokenizer.chat_template
-    if source is None:
+    if tokenizer.chat_template is None:
         raise CheckpointError("a base model, with no chat template: it can only go on (--raw)")
-    for known in FORMATS:
-        if all(s in source for s in known.has) and not any(s in source for s in known.lacks):
-            return known.template
-    return partial(run_jinja, tokenizer)
+    theirs = partial(run_jinja, tokenizer)
+    with suppress(CheckpointError):  # one that refuses a sample is none of ours
+        expected = [theirs(sample, True) for sample in SAMPLES]
+        for ours in TEMPLATES:
+            if [ours(sample, True) for sample in SAMPLES] == expected:
+                return ours
+    return theirs
 
 
 def run_jinja(tokenizer: "Tokenizer", messages: list[Message], open_turn: bool) -> str:
@@ -213,7 +221,7 @@ def run_jinja(tokenizer: "Tokenizer", messages: list[Message], open_turn: bool) 
 
 
 @lru_cache
-def compile_jinja(source: str):  # -> jinja2.Template, which is imported only here
+def compile_jinja(source: str) -> "jinja2.Template":
     """The template, ready to run: it comes from the checkpoint, so only within Jinja's sandbox.
 
     What templates may rely on besides Jinja itself is what transformers gives them.
@@ -229,7 +237,7 @@ def compile_jinja(source: str):  # -> jinja2.Template, which is imported only he
 
         tags = {"generation"}
 
-        def parse(self, parser):
+        def parse(self, parser: "jinja2.parser.Parser") -> list["jinja2.nodes.Node"]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -337,12 +345,12 @@ class Chat:
 
         Raises CheckpointError, at once, if there is no room for them in the model's context.
         """
-        n_seen, room = len(self.ids) + len(ids), self.model.cfg.max_seq_len
-        if n_seen > room:
-            raise CheckpointError(f"{n_seen:,} tokens, but the model's context ends at {room:,}")
+        n_ids, room = len(self.ids) + len(ids), self.model.cfg.max_seq_len
+        if n_ids > room:
+            raise CheckpointError(f"{n_ids:,} tokens are more than the model's context of {room:,}")
         self.ids += ids
         # The last new token is not fed, so it need not fit.
-        return stream_text(self.tokenizer, self.new_tokens(min(self.n_new, room - n_seen + 1)))
+        return stream_text(self.tokenizer, self.new_tokens(min(self.n_new, room - n_ids + 1)))
 
     def new_tokens(self, n_new: int) -> Iterator[int]:
         """Feeds what the cache does not hold yet; yields tokens until one ends the turn."""

@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ch08_full_models.download import (
+    INDEX,
     MODELS,
     CheckpointError,
     Model,
@@ -56,7 +57,7 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-BLOCK = 16 << 20  # bytes; a larger tensor is read in blocks of rows
+BLOCK = 4 << 20  # numbers that are read at a time if they change dtype or device
 
 
 def load(
@@ -84,7 +85,10 @@ def load(
     if quantize:
         from ch08_full_models import speed
 
-        speed.quantize(model, quantize)
+        try:
+            speed.quantize(model, quantize)
+        except ValueError as err:
+            raise CheckpointError(f"{path}: {one_line(err)}") from err
     return model.eval(), tokenizer
 
 
@@ -110,7 +114,7 @@ def load_gguf(
     hf = gguf.config()
     family = find_family(hf, file)
     model = build(family, hf, file, dtype or torch.float32, device)
-    fill(model, family, gguf.tensors(), {}, file)
+    fill(model, family, adopt(model, family, gguf.tensors()), {}, file)
     return model, from_gguf(gguf)
 
 
@@ -141,7 +145,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 def find_family(hf: dict, where: Path) -> ModuleType:
     """The module that builds what config.json describes. CheckpointError if there is none."""
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{where}: model_type is {kind!r}, expected one of {known}")
     return importlib.import_module(FAMILIES[kind])
@@ -158,8 +162,8 @@ def build(
             model = family.Transformer(family.config_from_hf(hf))
     except KeyError as err:
         raise CheckpointError(f"{where}: {one_line(err)} is missing") from err
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as err:
-        raise CheckpointError(f"{where}: {one_line(err)}") from err
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as err:
+        raise CheckpointError(f"{where}: {one_line(err)}") from err  # numbers that are none, say
     finally:
         torch.set_default_dtype(before)
     try:
@@ -182,7 +186,7 @@ def fill(
     the file that holds the tensor, if files (tensor name -> file) says, else the path.
     """
     try:
-        family.load_weights(model, adopt(model, family, weights))
+        family.load_weights(model, weights)
     except CheckpointError:
         raise
     except (KeyError, RuntimeError, ValueError) as err:
@@ -228,31 +232,35 @@ class Stored:
     dtype: str  # as the file says it: BF16
     shape: tuple[int, ...]
 
-    def n_bytes(self) -> int:
-        """Its size, if its dtype is one of STORED_DTYPES."""
-        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
-
     def read(self) -> Tensor:
         """The tensor."""
-        return self.read_bytes(0, self.n_bytes()).view(self.shape)
+        tensor = torch.empty(self.shape, dtype=STORED_DTYPES[self.dtype])
+        self.read_numbers(0, tensor.view(-1))
+        return tensor
 
-    def read_rows(self, first: int, count: int) -> Tensor:
-        """Some of its rows, (count, ...)."""
-        row_bytes = self.n_bytes() // self.shape[0]
-        return self.read_bytes(first * row_bytes, count * row_bytes).view(count, *self.shape[1:])
+    def read_to(self, param: Tensor) -> None:
+        """Reads the tensor into a parameter of its shape."""
+        dtype, numbers = STORED_DTYPES[self.dtype], param.view(-1)
+        if (param.dtype, param.device.type) == (dtype, "cpu"):
+            self.read_numbers(0, numbers)
+            return
+        buffer = torch.empty(min(BLOCK, len(numbers)), dtype=dtype)
+        for first in range(0, len(numbers), BLOCK):
+            block = numbers[first : first + BLOCK]
+            self.read_numbers(first, buffer[: len(block)])
+            block.copy_(buffer[: len(block)])
 
-    def read_bytes(self, first: int, count: int) -> Tensor:
-        """Bytes of it as numbers of its dtype, in one row."""
-        raw = torch.empty(count, dtype=torch.uint8)
+    def read_numbers(self, first: int, out: Tensor) -> None:
+        """Fills out, in one row and of the file's dtype, with the numbers from `first` on."""
+        raw = out.view(torch.uint8).numpy()
         try:
             with self.file.open("rb") as f:
-                f.seek(self.start + first)
-                n_read = f.readinto(raw.numpy())
+                f.seek(self.start + first * out.itemsize)
+                n_read = f.readinto(raw)
         except OSError as err:
             raise CheckpointError(f"{self.file}: cannot be read ({err.strerror})") from err
-        if n_read != count:
+        if n_read != raw.nbytes:
             raise CheckpointError(f"{self.file}: cut off within {self.name}")
-        return raw.view(STORED_DTYPES[self.dtype])
 
 
 def read_folder(folder: Path) -> list[Stored]:
@@ -262,8 +270,11 @@ def read_folder(folder: Path) -> list[Stored]:
     promises what its files do not hold.
     """
     stored: dict[str, Stored] = {}
-    for file in weight_files(folder):
+    for file, promised in weight_files(folder).items():
         header, start = read_header(file)
+        for name in promised:
+            if name not in header:
+                raise CheckpointError(f"{file}: lacks {name}, which {INDEX} says it holds")
         for name, entry in header.items():
             if name in stored:
                 raise CheckpointError(f"{file}: {name} is in {stored[name].file.name} as well")
@@ -274,21 +285,20 @@ def read_folder(folder: Path) -> list[Stored]:
 def read_entry(name: str, file: Path, entry: dict, start: int) -> Stored:
     """The tensor that a header's entry describes. Raises CheckpointError if its parts disagree."""
     begin, stop = entry["data_offsets"]
-    dtype, shape = entry.get("dtype"), entry.get("shape")
+    dtype, shape = str(entry.get("dtype")), entry.get("shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise CheckpointError(f"{file}: {name}: damaged header: its shape is {shape!r}")
-    stored = Stored(name, file, start + begin, str(dtype), tuple(shape))
-    if stored.dtype in STORED_DTYPES and stored.n_bytes() != stop - begin:
-        what = f"{dtype} of shape {stored.shape} in {stop - begin:,} bytes"
+    if dtype in STORED_DTYPES and math.prod(shape) * STORED_DTYPES[dtype].itemsize != stop - begin:
+        what = f"{dtype} of shape {tuple(shape)} in {stop - begin:,} bytes"
         raise CheckpointError(f"{file}: {name}: damaged header: {what}")
-    return stored
+    return Stored(name, file, start + begin, dtype, tuple(shape))
 
 
 def checkpoint_dtype(hf: dict, where: Path, stored: list[Stored]) -> torch.dtype:
     """What the checkpoint is meant to run in: as config.json says, else as the first tensor is."""
-    for config in (hf, hf.get("text_config", {})):
+    for config in (hf, hf.get("text_config")):
         for key in ("torch_dtype", "dtype"):
-            if config.get(key):
+            if isinstance(config, dict) and config.get(key):
                 return to_dtype(config[key], f"{where}: {key}")
     first = next((t for t in stored if t.dtype in STORED_DTYPES), None)
     return STORED_DTYPES[first.dtype] if first else torch.float32
@@ -302,9 +312,9 @@ def read_into(
 
     A probe, a tensor of the same shape without memory, shows first what becomes of each. One that
     the model has no place for is not read: load_weights gets the probe and says whether that is an
-    error. A large one that is kept as it is stored is read block by block into its place, and
-    load_weights gets the place itself. So not even an embedding that is half of the model takes its
-    memory twice. Raises CheckpointError for numbers in a format that is not read, such as float8.
+    error. One that is kept as it is stored is read straight into its place, and load_weights gets
+    the place itself. So not even an embedding that is half of the model is ever held twice.
+    Raises CheckpointError for numbers in a format that is not read, such as float8.
     """
     params = dict(model.named_parameters())
     for t in stored:
@@ -317,11 +327,8 @@ def read_into(
             formats = ", ".join(STORED_DTYPES)
             raise CheckpointError(f"{t.file}: {t.name} is {t.dtype}, expected one of {formats}")
         [name, kept], *others = places.items()
-        if t.n_bytes() <= BLOCK or others or kept is not probe or params[name].shape != t.shape:
+        if others or kept is not probe or params[name].shape != t.shape:
             yield t.name, t.read()
-            continue
-        step = max(1, BLOCK * t.shape[0] // t.n_bytes())
-        for first in range(0, t.shape[0], step):
-            rows = params[name][first : first + step]
-            rows.copy_(t.read_rows(first, len(rows)))
-        yield t.name, params[name]
+        else:
+            t.read_to(params[name])
+            yield t.name, params[name]

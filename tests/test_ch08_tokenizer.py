@@ -109,6 +109,7 @@ def random_texts(n: int, seed: int, words: list[str]) -> list[str]:
 def gguf_of(**fields: object) -> GGUF:
     """A GGUF file that holds a vocabulary and nothing else."""
     names = {"chat_template": "tokenizer.chat_template"}
+    fields = {key: value for key, value in fields.items() if value is not None}
     return GGUF(
         Path("small.gguf"),
         {names.get(key, f"tokenizer.ggml.{key}"): value for key, value in fields.items()},
@@ -193,6 +194,32 @@ def test_byte_level_from_gguf(split: str) -> None:
     if split == "qwen2":
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     assert_same_as_tiktoken(from_gguf(gguf), in_tiktoken(gguf.fields, PATTERNS[split]), texts)
+
+
+def test_user_defined_tokens() -> None:
+    """Guards tokens like Qwen's <think>: text that is one token always, and is shown."""
+    vocabulary = byte_level_vocabulary()
+    vocabulary["tokens"].append("<think>")
+    vocabulary["token_type"].append(USER_DEFINED)
+    tokenizer = from_gguf(gguf_of(model="gpt2", pre="qwen2", **vocabulary))
+    think = tokenizer.id_of("<think>")
+    assert think == len(vocabulary["tokens"]) - 1
+    for parse_special in (True, False):
+        assert tokenizer.encode("<think>", parse_special=parse_special) == [think]
+    assert tokenizer.decode([think]) == "<think>"
+
+
+def test_bos_from_gguf() -> None:
+    """Guards who begins with bos: whom the file says, and without a word Llama 2 and 3."""
+    llama_3 = {"model": "gpt2", "pre": "llama-bpe"} | byte_level_vocabulary()
+    qwen = llama_3 | {"pre": "qwen2"}
+    llama_2 = {"model": "llama"} | sentencepiece_vocabulary()
+    for fields, default in ((llama_3, True), (qwen, False), (llama_2, True)):
+        for told, adds in ((None, default), (True, True), (False, False)):
+            tokenizer = from_gguf(gguf_of(**fields, bos_token_id=1, add_bos_token=told))
+            plain = tokenizer.encode("a b", bos=False)
+            assert tokenizer.encode("a b") == [1] * adds + plain and 1 not in plain
+        assert from_gguf(gguf_of(**fields, add_bos_token=True)).bos_id is None
 
 
 def test_qwen_normalizes() -> None:
@@ -297,18 +324,16 @@ def test_sentencepiece_from_gguf(prefix: bool) -> None:
 
 def test_control_tokens_cannot_be_merged() -> None:
     """Guards against a control token made of letters that somebody typed."""
-    vocabulary = sentencepiece_vocabulary()
-    for token in ["<e", "nd", "<end", "_of_turn>", "<end_of_turn>"]:
-        if token in vocabulary["tokens"]:
-            vocabulary["scores"][vocabulary["tokens"].index(token)] = 5.0
-        else:
-            vocabulary["tokens"].append(token)
-            vocabulary["scores"].append(5.0)
-            vocabulary["token_type"].append(NORMAL)
-    tokenizer = from_gguf(gguf_of(model="llama", **vocabulary))
-    control = tokenizer.id_of("<end_of_turn>")
-    assert control in tokenizer.encode("<end_of_turn>")
-    assert control not in tokenizer.encode("<end_of_turn>", parse_special=False)
+    vocabulary, name = sentencepiece_vocabulary(), "<end_of_turn>"
+    for n in range(2, len(name)):  # tokens that lead there, letter by letter
+        vocabulary["tokens"].append(name[:n])
+        vocabulary["token_type"].append(NORMAL)
+        vocabulary["scores"].append(5.0)
+    tokenizer = from_gguf(gguf_of(model="llama", **vocabulary, add_space_prefix=False))
+    control = tokenizer.id_of(name)
+    assert tokenizer.encode(name) == [control]
+    ids = tokenizer.encode(name, parse_special=False)
+    assert [tokenizer.model.token_of(i) for i in ids] == [name[:-1], ">"]
 
 
 def test_half_a_character_and_lone_surrogates() -> None:
@@ -432,7 +457,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
         ({}, None, None, {2}),
         ({"config": {"eos_token_id": 0, "bos_token_id": 1}}, 1, "<|endoftext|>", {0, 2}),
         ({"config": {"text_config": {"eos_token_id": [1]}}}, None, "<|im_start|>", {1, 2}),
-        ({"generation_config": {"eos_token_id": [2, 0]}}, None, "<|endoftext|>", {0, 2}),
+        ({"generation_config": {"eos_token_id": [2, 0]}}, None, "<|im_end|>", {0, 2}),
         (
             {
                 "tokenizer_config": {"bos_token": None, "eos_token": {"content": "<|im_end|>"}},
