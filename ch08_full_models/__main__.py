@@ -409,7 +409,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.list and args.prompt is not None:
             raise CheckpointError("--list takes no prompt")
-        show_list() if args.list else run(args)
+        if args.list:
+            show_list()
+        else:
+            run(args)
     except BrokenPipeError:  # the reader, `head` perhaps, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except CheckpointError as err:

@@ -57,7 +57,7 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-BLOCK = 4 << 20  # numbers that are read at a time if they change dtype or device
+BLOCK = 1 << 20  # numbers that are read at a time if they change dtype or device
 
 
 def load(

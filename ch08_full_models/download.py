@@ -314,17 +314,28 @@ def from_hub(name: str, hub_id: str) -> Path:
         texts = [file for file in files if file.endswith((".json", ".jinja"))]
         if SINGLE not in files and INDEX not in files:
             raise CheckpointError(f"{hub_id}: has no {SINGLE} on {HUB}, other formats are not read")
-        folder = Path(snapshot_download(hub_id, allow_patterns=texts, etag_timeout=5))
-        shards = [SINGLE] if SINGLE in files else sorted(set(read_index(folder / INDEX).values()))
 
-        for file in texts + shards:
-            on_disk = folder / file
-            if on_disk.exists() and on_disk.stat().st_size != files[file].size:
-                delete(on_disk)
-        new = sum(files[file].size for file in shards if not (folder / file).exists())
-        check_room(cache, new, name)
-        say(f"{name}: downloading {size(new)} from {HUB}/{hub_id}")
-        snapshot_download(hub_id, allow_patterns=texts + shards, etag_timeout=5)
+        def bring(names: list[str]) -> Path:
+            """Downloads the files, but for those that are there in full. Returns their folder."""
+            for _ in range(2):
+                folder = Path(snapshot_download(hub_id, allow_patterns=names, etag_timeout=5))
+                wrong = [file for file in names if not has_size(folder / file, files[file].size)]
+                for file in wrong:
+                    delete(folder / file)
+                if not wrong:
+                    break
+            return folder
+
+        folder = bring(texts)
+        shards = [SINGLE] if SINGLE in files else sorted(set(read_index(folder / INDEX).values()))
+        for file in shards:
+            if file not in files:
+                raise CheckpointError(f"{hub_id}: {INDEX} names {file}, which {HUB} does not have")
+        new = sum(files[s].size for s in shards if not has_size(folder / s, files[s].size))
+        if new:
+            check_room(cache, new, name)
+            say(f"{name}: downloading {size(new)} from {HUB}/{hub_id}")
+        bring(texts + shards)
     except CheckpointError:
         raise
     except Exception as err:  # the HTTP library below, and so its errors, depends on the version
@@ -435,6 +446,11 @@ def size(n_bytes: int) -> str:
 def shorten(text: str, length: int) -> str:
     """The text on one line, cut to so many characters."""
     return textwrap.shorten(text, length, placeholder=" …")
+
+
+def has_size(file: Path, n_bytes: int) -> bool:
+    """True for a file of that size; False if there is none."""
+    return os.path.isfile(file) and file.stat().st_size == n_bytes
 
 
 def sha256(file: Path) -> str:

@@ -400,7 +400,8 @@ def config_from_hf(hf: dict) -> Config:
             raise ValueError(f"{key} is {hf[key]!r}, only {value!r} can be run")
     theta, scaling = rope_config(hf)
     if scaling["rope_type"] not in ("default", "llama3"):
-        raise ValueError(f"rope_scaling is {scaling['rope_type']!r}, only default and llama3 can be run")
+        kind = scaling["rope_type"]
+        raise ValueError(f"rope_scaling is {kind!r}, only default and llama3 can be run")
     n_layers, n_heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     slides = hf.get("use_sliding_window", hf["model_type"] == "mistral")
     window = hf.get("sliding_window") if slides else None

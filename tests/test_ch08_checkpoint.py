@@ -128,7 +128,9 @@ def test_names_and_files_need_no_heavy_import(tmp_path: Path) -> None:
         "import sys; from ch08_full_models.download import fetch, table; table(); fetch('.');"
         "sys.exit(' '.join({'torch', 'huggingface_hub'} & set(sys.modules)) or None)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -289,9 +291,10 @@ def test_peak_memory(tiny: Path, tmp_path: Path) -> None:
         total += end
     assert 500e6 < total < 550e6
     command = [sys.executable, "-c", PEAK, str(tmp_path), str(tiny)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     ratios = [float(line) for line in done.stdout.split()]
+    print(ratios)
     assert len(ratios) == 2 and 0.9 < min(ratios) and max(ratios) <= 1.15, ratios
 
 
@@ -588,11 +591,13 @@ def test_damaged_on_the_way(hub: FakeHub) -> None:
 
 def test_cut_off_in_the_cache(hub: FakeHub) -> None:
     """Guards a cache that lost the end of a file: that file comes again, and no other."""
-    file = next(fetch("some/model").glob("model*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1])
-    hub.asked.clear()
-    assert download.is_whole(fetch("some/model"))
-    assert hub.asked == [file.name]
+    weights = next(fetch("some/model").glob("model*.safetensors"))
+    index = weights.with_name(INDEX)
+    for file in [weights, index] if index.exists() else [weights]:
+        file.write_bytes(file.read_bytes()[:-5])
+        hub.asked.clear()
+        assert download.is_whole(fetch("some/model"))
+        assert hub.asked == [file.name]
 
 
 def test_disk_full_at_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,6 +627,14 @@ def test_model_without_safetensors(hub: FakeHub) -> None:
         file.unlink()
     assert SINGLE in error(fetch, "some/model")
     assert hub.asked == []
+
+
+def test_index_names_a_file_that_the_hub_lacks(hub: FakeHub) -> None:
+    """Guards a page that was put together wrongly."""
+    (hub.folder / SINGLE).unlink(missing_ok=True)
+    (hub.folder / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}', encoding="utf-8")
+    message = error(fetch, "some/model")
+    assert "gone.safetensors" in message and INDEX in message
 
 
 # PyPI
@@ -966,7 +979,7 @@ def local_hub(sharded: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[str
         env |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
         env |= {"HF_HOME": str(tmp_path / "hf")}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, encoding="utf-8"
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr

@@ -297,13 +297,13 @@ from ch08_full_models import __main__ as cli, llama3
 
 def slow(model, tokens, n_new, **options):
     model(tokens, options["cache"])
-    for _ in range(1000):
-        time.sleep(0.05)
+    for i in range(1000):
+        time.sleep(0.02 if i < 4 else 1)
         yield torch.tensor([[20]])
 
 llama3.generate = slow
 sys.exit(cli.main(sys.argv[1:]))
-"""  # random models may end early; this one never does
+"""  # a random model may end at once; this one leaves time to stop it
 
 
 @posix

@@ -391,7 +391,8 @@ def test_silent_config_runs_as_transformers_runs_it(tmp_path: Path) -> None:
     )
     hf = reference(Gemma3TextConfig(**text))
     hf.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    config = json.dumps({"model_type": "gemma3", "text_config": text})
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
     model = gemma3.load_folder(tmp_path)
     tokens_1T = torch.randint(262_208, (1, 12))
     with torch.no_grad():

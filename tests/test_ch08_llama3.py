@@ -108,13 +108,14 @@ def check_ring(module: ModuleType, window: int | None, padded: bool, seed: int =
 
 def check_growth(module: ModuleType, window: int | None) -> None:
     """Buffers double, so that 1000 tokens are moved 10 times, not 1000; n_bytes is what is held."""
-    cache = module.LayerCache(window)
-    rooms = []
+    cache, last, rooms = module.LayerCache(window), None, []
     for _ in range(1000):
         k_BTJK = torch.zeros(2, 1, 3, 5)
         cache.append(k_BTJK, k_BTJK, torch.zeros(2, 1).long())
         room = cache.buffers[0].shape[1]
-        rooms += [room] if not rooms or room != rooms[-1] else []
+        if cache.buffers[0] is not last:
+            last = cache.buffers[0]
+            rooms.append(room)
         assert cache.n_bytes() == 2 * room * 2 * 3 * 5 * 4  # keys and values, float32
     powers = [2**i for i in range(11)]
     full = powers if window is None else [p for p in powers if p < window] + [window]

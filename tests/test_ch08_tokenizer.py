@@ -131,7 +131,7 @@ def training_lines() -> list[str]:
     return [" ".join(line.split()) for line in lines]
 
 
-WORDS = [word for line in training_lines()[:300] for word in line.split()]
+WORDS = [word for line in training_lines()[:40] for word in line.split()]
 
 
 def byte_level_vocabulary() -> dict[str, list]:
@@ -209,11 +209,12 @@ def test_user_defined_tokens() -> None:
     assert tokenizer.decode([think]) == "<think>"
 
 
-def test_bos_from_gguf() -> None:
-    """Guards who begins with bos: whom the file says, and without a word Llama 2 and 3."""
+def test_bos_and_eos_from_gguf() -> None:
+    """Guards who begins with bos, by the file or else Llama 2 and 3, and what ends a text."""
     llama_3 = {"model": "gpt2", "pre": "llama-bpe"} | byte_level_vocabulary()
     qwen = llama_3 | {"pre": "qwen2"}
     llama_2 = {"model": "llama"} | sentencepiece_vocabulary()
+    assert from_gguf(gguf_of(**qwen, eos_token_id=0, eot_token_id=5)).eos_ids == {0, 2, 5}
     for fields, default in ((llama_3, True), (qwen, False), (llama_2, True)):
         for told, adds in ((None, default), (True, True), (False, False)):
             tokenizer = from_gguf(gguf_of(**fields, bos_token_id=1, add_bos_token=told))
@@ -372,13 +373,14 @@ BAD_FIELDS = [
     ("bos_token_id", 10**6, "bos_token_id is 1000000, expected one of"),
     ("eos_token_id", "2", "eos_token_id is '2', expected one of"),
     ("eot_token_id", -1, "eot_token_id is -1, expected one of"),
+    ("chat_template", ["x"], "chat_template is no text"),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), BAD_FIELDS)
 def test_bad_sentencepiece_fields(key: str, value: object, message: str) -> None:
     """Guards against a vocabulary whose parts do not belong together."""
-    with pytest.raises(CheckpointError, match=f"^small.gguf: tokenizer.ggml.{message}"):
+    with pytest.raises(CheckpointError, match=rf"^small.gguf: tokenizer\.(ggml\.)?{message}"):
         from_gguf(gguf_of(**({"model": "llama"} | sentencepiece_vocabulary() | {key: value})))
 
 
@@ -505,7 +507,7 @@ def test_gpt2_folder(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text(MERGES_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     tokenizer = from_folder(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (50256, {50256})
-    texts = EDGES + random_texts(500, seed=4, words=[*WORDS, "<|endoftext|>"])
+    texts = EDGES + random_texts(500, seed=4, words=[*WORDS, *["<|endoftext|>"] * 9])
     assert_same_as_tiktoken(tokenizer, gpt2_tokenizer(), texts)
     (tmp_path / "vocab.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="vocab.json, merges.txt: no valid vocabulary"):
@@ -608,7 +610,7 @@ def make_golden(tokenizer_json: Path) -> None:
     # for tokens in plain text as well. So these are only in the first part.
     special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>", "[multimodal]"]
     rng = random.Random(7)
-    words = WORDS[:200] + [original.id_to_token(rng.randrange(494, 236000)) for _ in range(300)]
+    words = WORDS + [original.id_to_token(rng.randrange(494, 236000)) for _ in range(300)]
     words += 5 * special
     texts = EDGES + random_texts(200, seed=8, words=[*words, "<mask>", "<unused7>", "<unused"])
     plain = EDGES[:20] + random_texts(100, seed=9, words=words)
