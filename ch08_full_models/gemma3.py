@@ -411,7 +411,6 @@ GEMMA_2 = {  # what transformers' classes say where a published config.json is s
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "rope_theta": 10_000.0,
-    "rope_local_base_freq": 10_000.0,
 }
 GEMMA_3 = GEMMA_2 | {
     "vocab_size": 262208,
@@ -420,6 +419,7 @@ GEMMA_3 = GEMMA_2 | {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
 }
 
 
@@ -428,10 +428,12 @@ def rope_config(hf: dict) -> tuple[float, float, float]:
     today = hf.get("rope_parameters") or {}
     older = {"rope_theta": hf["rope_theta"]} | (hf.get("rope_scaling") or {})
     full = today.get("full_attention", today) or older
-    local = today.get("sliding_attention", {"rope_theta": hf["rope_local_base_freq"]})
-    kind = full.get("rope_type", full.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ValueError(f"rope_scaling is {kind!r}, only default and linear can be run")
+    older = {"rope_theta": hf.get("rope_local_base_freq", full["rope_theta"])}  # Gemma 2: one base
+    local = today.get("sliding_attention", older)
+    for rope, known in ((full, ("default", "linear")), (local, ("default",))):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in known:
+            raise ValueError(f"rope_scaling is {kind!r}, only {' and '.join(known)} can be run")
     return full["rope_theta"], local["rope_theta"], full.get("factor", 1.0)
 
 

@@ -405,8 +405,8 @@ def config_from_hf(hf: dict) -> Config:
     n_layers, n_heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     slides = hf.get("use_sliding_window", hf["model_type"] == "mistral")
     window = hf.get("sliding_window") if slides else None
-    n_full = hf.get("max_window_layers", 0)  # Qwen2: the first layers see everything
-    kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
+    n_full = hf.get("max_window_layers", 28 if hf["model_type"] == "qwen2" else 0)
+    kinds = ["full_attention"] * n_full + ["sliding_attention"] * n_layers
     return Config(
         vocab_size=hf["vocab_size"],
         max_seq_len=hf["max_position_embeddings"],
@@ -417,7 +417,7 @@ def config_from_hf(hf: dict) -> Config:
         head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
         windows=tuple(
             window if kind == "sliding_attention" else None
-            for kind in hf.get("layer_types") or kinds
+            for kind in (hf.get("layer_types") or kinds)[:n_layers]
         ),
         d_ff=hf["intermediate_size"],
         qkv_bias=hf["model_type"] == "qwen2",  # its config has no key for them

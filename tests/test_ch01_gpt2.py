@@ -18,6 +18,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
@@ -650,9 +653,20 @@ def test_config_without_a_key(key: str) -> None:
 
 
 def test_runs_from_the_command_line(
-    saved: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    saved: tuple[Path, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Guards --weights: without a tokenizer in the folder the model is reached, the file named."""
-    monkeypatch.setattr(sys, "argv", ["gpt2.py", "--weights", str(saved[0])])
-    with pytest.raises(Exception, match=r"No such file|cannot find|tokenizer\.json"):
-        gpt2.main()
+    """Guards --weights and --prompt: the words are those that transformers goes on with."""
+    folder, hf = saved
+    words = Tokenizer(WordLevel({f"word{i}": i for i in range(97)}, unk_token="word0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    prompt = "word5 word9 word31"
+    arguments = ["--weights", str(folder), "--prompt", prompt, "--n-new", "6"]
+    monkeypatch.setattr(sys, "argv", ["gpt2.py", *arguments])
+    gpt2.main()
+    prompt_1T = torch.tensor([[5, 9, 31]])
+    mask_1T = torch.ones_like(prompt_1T)
+    text_1T = hf.generate(prompt_1T, attention_mask=mask_1T, max_new_tokens=6, do_sample=False)
+    assert capsys.readouterr().out.splitlines()[-1] == words.decode(text_1T[0].tolist())

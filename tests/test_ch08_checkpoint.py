@@ -294,7 +294,6 @@ def test_peak_memory(tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     ratios = [float(line) for line in done.stdout.split()]
-    print(ratios)
     assert len(ratios) == 2 and 0.9 < min(ratios) and max(ratios) <= 1.15, ratios
 
 

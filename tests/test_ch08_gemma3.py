@@ -534,7 +534,10 @@ MUTANTS = {
         'hf.get("_sliding_window_pattern") or hf["sliding_window_pattern"] -> '
         'hf["sliding_window_pattern"] - 1',
     ),
-    "old local base ignored": (OLD, 'hf["rope_local_base_freq"] -> hf["rope_theta"]'),
+    "old local base as the global": (
+        OLD,
+        '"rope_local_base_freq": 10_000.0 -> "rope_local_base_freq": 1_000_000.0',
+    ),
     "old scaling ignored": (OLD, '| (hf.get("rope_scaling") or {}) -> '),
     "window one too wide": (G3, "> q_pos_BT1 - window -> >= q_pos_BT1 - window"),
     "window one too narrow": (G3, "> q_pos_BT1 - window -> > q_pos_BT1 - window + 1"),
@@ -605,9 +608,12 @@ def test_attend_capped_by_loops() -> None:
     q, k, v = torch.randn(2, 3, 6, 5), torch.randn(2, 7, 2, 5), torch.randn(2, 7, 2, 5)
     mask_BTS = torch.rand(2, 3, 7) > 0.5
     mask_BTS[:, :, 0] = True
-    found = gemma3.attend_capped(q, k, v, mask_BTS, 0.7, 0.9)
-    sees: Callable[[int, int, int], bool] = lambda b, t, s: bool(mask_BTS[b, t, s])  # noqa: E731
-    torch.testing.assert_close(found, brute_force_attention(q, k, v, sees, 0.7, 0.9).float())
+
+    def sees(b: int, t: int, s: int) -> bool:
+        return bool(mask_BTS[b, t, s])
+
+    expected = brute_force_attention(q, k, v, sees, 0.7, cap=0.9).float()
+    torch.testing.assert_close(gemma3.attend_capped(q, k, v, mask_BTS, 0.7, 0.9), expected)
     uncapped = gemma3.attend_capped(q, k, v, mask_BTS, 0.7, 1e6)
     torch.testing.assert_close(uncapped, gemma3.attend(q, k, v, mask_BTS, 0.7), atol=1e-3, rtol=0)
 
