@@ -428,8 +428,9 @@ def rope_config(hf: dict) -> tuple[float, float, float]:
     today = hf.get("rope_parameters") or {}
     older = {"rope_theta": hf["rope_theta"]} | (hf.get("rope_scaling") or {})
     full = today.get("full_attention", today) or older
-    older = {"rope_theta": hf.get("rope_local_base_freq", full["rope_theta"])}  # Gemma 2: one base
-    local = today.get("sliding_attention", older)
+    local = today.get("sliding_attention")
+    if local is None:  # Gemma 2 has one base
+        local = {"rope_theta": hf.get("rope_local_base_freq", full["rope_theta"])}
     for rope, known in ((full, ("default", "linear")), (local, ("default",))):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in known:
