@@ -283,10 +283,10 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal weights of standard deviation 0.02 and zero biases (GPT-2, section 2.3).
+        """Normal weights of standard deviation 0.02 and zero biases (OpenAI's published code).
 
         Each layer adds two outputs to the residual stream. Their matrices start smaller, by
-        1 / sqrt(2 n_layers), so that the sum keeps its size at any depth.
+        1 / sqrt(2 n_layers), so that the sum keeps its size at any depth (GPT-2, section 2.3).
         """
         for name, param in self.named_parameters():
             if name.endswith("bias"):
