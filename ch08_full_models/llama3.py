@@ -111,8 +111,8 @@ class LayerCache:
         if need > room:
             size = min(max(need, 2 * room), self.window or 2 * need)
             larger = tuple(t.new_empty((t.shape[0], size, *t.shape[2:])) for t in new)
-            for buffer, old in zip(larger, self.buffers, strict=False):
-                buffer[:, :room] = old
+            for i, old in enumerate(self.buffers):
+                larger[i][:, :room] = old
             self.buffers = larger
 
     def needs_mask(self, n_new: int) -> bool:

@@ -425,7 +425,7 @@ MUTANTS = {
     "ring in the wrong order": (WINDOW, "buffer[:, kept] = -> buffer[:, kept.flip(0)] ="),
     "ring keeps the oldest": (WINDOW, "= t[:, -self.window :] -> = t[:, : len(kept)]"),
     "chunk forgets the ring": (WINDOW, "torch.cat((buffer[:, old], t), dim=1) -> t"),
-    "growing loses the old": (PLAIN, "buffer[:, :room] = old -> buffer[:, :room] = 0 * old"),
+    "growing loses the old": (PLAIN, "[:, :room] = old -> [:, :room] = 0 * old"),
     "first long read without a mask": (WINDOW, "and n_new <= (self.window or n_new) -> "),
     "later chunks without a mask": (PLAIN, "(first or n_new == 1) -> (first or n_new >= 1)"),
     "padding without a mask": (PLAIN, "self.n_pad_B is not None or -> "),
