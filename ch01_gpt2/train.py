@@ -86,12 +86,7 @@ class TrainResult:
 
     def save(self, path: Path) -> None:
         """Writes all of it as JSON, whole or not at all."""
-        lines = [
-            f"{json.dumps(key)}: {json.dumps(value, default=str, allow_nan=False)}"
-            for key, value in asdict(self).items()
-        ]
-        with replacing(path) as temporary:
-            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        save_json(path, asdict(self))
 
 
 @dataclass
@@ -417,20 +412,33 @@ def result_of(run: Run) -> TrainResult:
         n_parameters=sum(param.numel() for param in run.model.parameters()),
         train_config=run.cfg,
         model_config=model_config(run.model),
-        environment={
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "hardware": hardware_name(run.losses.device),
-            "threads": torch.get_num_threads(),
-            "device": str(run.losses.device),
-            "bf16": run.bf16,
-            "text": run.settings["text"],
-            "seed": run.cfg.seed,
-        },
+        environment=environment(run.losses.device)
+        | {"bf16": run.bf16, "text": run.settings["text"], "seed": run.cfg.seed},
     )
+
+
+def save_json(path: Path, record: dict) -> None:
+    """Writes a record as JSON, one key a line: whole or not at all. ValueError for NaN."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value, default=str, allow_nan=False)}"
+        for key, value in record.items()
+    ]
+    with replacing(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def environment(device: torch.device) -> dict[str, str | int | bool]:
+    """What a result depends on besides the code: the command, the versions and the machine."""
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
 
 
 def hardware_name(device: torch.device) -> str:

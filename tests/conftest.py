@@ -50,3 +50,12 @@ def gguf_path() -> Callable[[str], Path]:
         pytest.skip(failed[name])
 
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing by threads, and lose much where other programs run."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)

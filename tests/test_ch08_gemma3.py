@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,12 @@ from transformers import (
 
 from ch08_full_models import gemma3
 from ch08_full_models.download import MODELS
-from tests.test_ch01_gpt2 import (
+from tests.parity import (
     TOLERANCE,
     assert_equal,
     assert_noticed,
     brute_force_attention,
+    check_mask_by_loops,
     equals_generate,
     errors,
     forward_lengths,
@@ -41,20 +42,12 @@ from tests.test_ch08_llama3 import (
     check_first_read_is_exact,
     check_gradients,
     check_growth,
-    check_mask_by_loops,
     check_ring,
     in_bfloat16,
     masks_built,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing by threads, and lose much where other programs run."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SIZES = dict(
@@ -574,7 +567,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pr
 def test_mistakes_are_noticed(name: str, spoilt: dict[str, tuple[Path, PreTrainedModel]]) -> None:
     """Guards the comparison with transformers: with a mistake in the source it must fail."""
     case, *changes = MUTANTS[name]
-    assert_noticed(mutant(gemma3, *changes), *spoilt[case])
+    folder, hf = spoilt[case]
+    assert_noticed(mutant(gemma3, *changes).load_folder(folder), hf)
 
 
 # ---- parts

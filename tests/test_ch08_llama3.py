@@ -5,11 +5,10 @@ comparison in bfloat16. Every one takes the family's module.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,11 +28,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ch08_full_models import llama3
 from ch08_full_models.download import MODELS
-from tests.test_ch01_gpt2 import (
+from tests.parity import (
     TOLERANCE,
     assert_equal,
     assert_noticed,
     brute_force_attention,
+    check_mask_by_loops,
     equals_generate,
     errors,
     forward_lengths,
@@ -43,14 +43,7 @@ from tests.test_ch01_gpt2 import (
     same_alone_and_padded,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing by threads, and lose much where other programs run."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 NO_ENDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)  # generate goes on
@@ -147,17 +140,6 @@ def masks_built(
         patch.setattr(module, "causal_mask", record)
         call()
     return built
-
-
-def check_mask_by_loops(module: ModuleType) -> None:
-    """Who sees whom, for positions in any order and below zero, with and without a window."""
-    for window in (None, 1, 3):
-        q_pos_BT, k_pos_BS = torch.randint(-4, 9, (4, 5)), torch.randint(-4, 9, (4, 7))
-        mask_BTS = module.causal_mask(q_pos_BT, k_pos_BS, window)
-        for b, t, s in itertools.product(range(4), range(5), range(7)):
-            q, k = int(q_pos_BT[b, t]), int(k_pos_BS[b, s])
-            expected = k <= q and (k >= 0 or q < 0) and (window is None or k > q - window)
-            assert bool(mask_BTS[b, t, s]) == expected
 
 
 def check_gradients(module: ModuleType, model: nn.Module, hf: PreTrainedModel) -> None:
@@ -501,7 +483,8 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pr
 def test_mistakes_are_noticed(name: str, spoilt: dict[str, tuple[Path, PreTrainedModel]]) -> None:
     """Guards the comparison with transformers: with a mistake in the source it must fail."""
     case, *changes = MUTANTS[name]
-    assert_noticed(mutant(llama3, *changes), *spoilt[case])
+    folder, hf = spoilt[case]
+    assert_noticed(mutant(llama3, *changes).load_folder(folder), hf)
 
 
 # ---- parts

@@ -57,8 +57,27 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-GPT2, LLAMA3 = "ch01_gpt2/gpt2.py", "ch08_full_models/llama3.py"
-GEMMA3 = "ch08_full_models/gemma3.py"
+GPT2, ROPE, GQA = "ch01_gpt2/gpt2.py", "ch02_rope/rope.py", "ch03_gqa/gqa.py"
+MLA = "ch04_mla/mla.py"
+LLAMA3, GEMMA3 = "ch08_full_models/llama3.py", "ch08_full_models/gemma3.py"
+SMALL = dict(vocab_size=50, n_layers=2, d_model=26, d_ff=34)
+
+
+def small_mla(module: ModuleType) -> list:
+    latent = module.Config(
+        **SMALL,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=10,
+        windows=(6, None),
+        d_latent=18,
+        d_q_latent=22,
+        d_rope=4,
+        d_value=12,
+    )
+    straight = dataclasses.replace(latent, d_q_latent=None)
+    grouped = dataclasses.replace(latent, d_latent=None)
+    return [latent, straight, grouped]
 
 
 def small_llama3(module: ModuleType) -> list:
@@ -99,32 +118,68 @@ def small_gemma3(module: ModuleType) -> list:
 LINEAGE = {
     GPT2: Entry(
         kin={},
-        small=lambda module: [
-            module.Config(
-                vocab_size=50,
-                max_seq_len=40,
-                n_layers=2,
-                d_model=26,
-                n_heads=4,
-                head_dim=10,
-                d_ff=34,
-            )
-        ],
+        small=lambda module: [module.Config(**SMALL, max_seq_len=40, n_heads=4, head_dim=10)],
         sizes={"D": 26, "H": 4, "K": 10, "V": 50},
     ),
-    LLAMA3: Entry(
+    ROPE: Entry(
         kin={
             GPT2: Kin(
                 names(
                     """
-                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
-                    causal_mask attend Attention Attention.__init__ Attention.forward
-                    MLP MLP.__init__ MLP.forward Block.__init__ Block.forward
-                    Transformer Transformer.__init__ Transformer.new_cache Transformer.forward
-                    HF_NAMES config_from_hf convert load_weights
+                    Config Attention.forward Block.forward Transformer.__init__ Transformer.forward
+                    main
                     """
                 ),
-                budget=400,
+                budget=210,
+            )
+        },
+        small=lambda module: [module.Config(**SMALL, n_heads=4, head_dim=10)],
+        sizes={"D": 26, "H": 4, "K": 10, "P": 5, "V": 50},
+    ),
+    GQA: Entry(
+        kin={
+            ROPE: Kin(
+                names(
+                    """
+                    Config LayerCache LayerCache.__init__ LayerCache.append causal_mask attend
+                    Attention Attention.__init__ Attention.forward Block.__init__
+                    Transformer.__init__ Transformer.new_cache main
+                    """
+                ),
+                budget=120,
+            )
+        },
+        small=lambda module: [
+            module.Config(**SMALL, n_heads=8, n_kv_heads=2, head_dim=10, windows=(6, None))
+        ],
+        sizes={"D": 26, "J": 2, "K": 10, "P": 5, "V": 50},
+    ),
+    MLA: Entry(
+        kin={
+            GQA: Kin(
+                names(
+                    """
+                    Config attend Block.__init__ Transformer.forward main
+                    """
+                ),
+                budget=140,
+            )
+        },
+        small=small_mla,
+        sizes={"D": 26, "V": 50},
+    ),
+    LLAMA3: Entry(
+        kin={
+            MLA: Kin(
+                names(
+                    """
+                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
+                    rope_frequencies attend Attention.__init__ Attention.forward MLP MLP.__init__
+                    MLP.forward Block.__init__ Transformer Transformer.__init__ Transformer.forward
+                    main
+                    """
+                ),
+                budget=440,
             )
         },
         small=small_llama3,
@@ -132,17 +187,16 @@ LINEAGE = {
     ),
     GEMMA3: Entry(
         kin={
-            GPT2: Kin(
+            MLA: Kin(
                 names(
                     """
                     Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
-                    causal_mask attend Attention Attention.__init__ Attention.forward
-                    MLP MLP.__init__ MLP.forward Block Block.__init__ Block.forward
-                    Transformer.__init__ Transformer.new_cache Transformer.forward
-                    HF_NAMES config_from_hf convert
+                    rope_frequencies attend Attention.__init__ Attention.forward MLP MLP.__init__
+                    MLP.forward Block Block.__init__ Block.forward Transformer.__init__
+                    Transformer.forward main
                     """
                 ),
-                budget=440,
+                budget=540,
             ),
             LLAMA3: Kin(
                 names(
@@ -426,13 +480,13 @@ def test_suffixes_are_true(file: str) -> None:
 def test_parameters_have_the_agreed_names(file: str) -> None:
     """Guards rule 6: projections named as in checkpoints, and one set of names for the stem."""
     module = load(ROOT / file)
-    model = module.Transformer(LINEAGE[file].small(module)[0])
-    attention = r"attn\.(\w+_proj|\w+_norm|q_in\.\d)"
+    models = [module.Transformer(cfg) for cfg in LINEAGE[file].small(module)]
+    attention = r"attn\.([qkvo]_proj|(q|kv)_[ab]_proj|\w+_norm)"
     network = r"mlp\.((experts\.\d+\.|shared\.)?(gate|up|down)_proj|router)"
     norms = r"(attn|mlp)_(out_)?norm"
     stem = r"embed|pos_embed|norm|head"
     known = rf"({stem}|blocks\.\d+\.({attention}|{network}|{norms}))\.(weight|bias)|.*choice_bias"
-    found = [name for name, _ in model.named_parameters()]
+    found = list(dict.fromkeys(name for model in models for name, _ in model.named_parameters()))
     assert [name for name in found if not re.fullmatch(known, name)] == []
     projections = {part for name in found for part in name.split(".") if part.endswith("_proj")}
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} <= projections
@@ -533,17 +587,17 @@ def test_a_name_that_no_longer_differs_is_seen(copy: Path) -> None:
     """Guards `drift`: the lists stay true in both directions."""
     child, parent = units(source(copy, CHILD)), units(source(copy, PARENT))
     edit(copy, CHILD, child["attend"], parent["attend"])
-    edit(copy, CHILD, child["Attention"], parent["Attention"])
+    edit(copy, CHILD, child["Block.__init__"], parent["Block.__init__"])
     complaints = drift(copy, LINEAGE)
-    for name in ("attend", "Attention"):
+    for name in ("attend", "Block.__init__"):
         expected = f"{CHILD}: {name}, listed as changed from {PARENT}, does not differ"
         assert expected in complaints
 
 
 def test_a_listed_name_that_is_gone_is_seen(copy: Path) -> None:
     """Guards `drift`: a function renamed in the child leaves its entry behind."""
-    edit(copy, CHILD, "def causal_mask(", "def mask(")
-    expected = f"{CHILD}: causal_mask, listed as changed from {PARENT}, is not in both"
+    edit(copy, CHILD, "def attend(", "def attends(")
+    expected = f"{CHILD}: attend, listed as changed from {PARENT}, is not in both"
     assert expected in drift(copy, LINEAGE)
 
 

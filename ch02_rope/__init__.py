@@ -1,0 +1,1 @@
+"""Chapter 2: rotary positions, and how far they reach."""

@@ -1,0 +1,1 @@
+"""Chapter 3: the cache, heads that share it, and windows."""
