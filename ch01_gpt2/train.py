@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -101,6 +101,7 @@ class Run:
     losses: Tensor  # (N,), on the model's device: a number read at each step would make it wait
     grad_norms: Tensor  # (N,)
     settings: dict[str, object]  # what a checkpoint must agree with
+    extra_loss: Callable[[], Tensor] | None = None
     step: int = 0  # steps done
     val: list[tuple[int, float]] = field(default_factory=list)  # steps done, held-out loss
     seconds: float = 0.0  # spent in steps
@@ -188,7 +189,7 @@ def train_step(run: Run, tokens: Tensor) -> None:
         group["lr"] = lr_at(run.step, run.cfg)
     inputs_BT, targets_BT = batch(tokens, run.cfg.batch_size, run.cfg.seq_len, run.generator)
     loss = token_losses(run.model, inputs_BT, targets_BT, run.bf16)
-    loss.backward()
+    (loss if run.extra_loss is None else loss + run.extra_loss()).backward()
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -220,12 +221,15 @@ def train(
     resume: bool = False,
     progress: bool | None = None,
     log: bool = False,
+    extra_loss: Callable[[], Tensor] | None = None,
 ) -> TrainResult:
     """Trains the model in place on a text's tokens, 1-D int64, and leaves it in eval mode.
 
     `device` None: the best one here. `out`: a folder for the result and for a checkpoint, which is
     saved at every evaluation and at Ctrl-C, before KeyboardInterrupt is raised; `resume` goes on
     from it. `progress` None: a bar on a terminal. `log`: prints a line an evaluation.
+    `extra_loss`: called between a step's forward and backward, and added to its loss; the record
+    has the loss without it.
 
     Raises ValueError for a checkpoint that does not fit and for a text shorter than a sequence,
     FloatingPointError for a loss that is no number any more.
@@ -234,6 +238,7 @@ def train(
         raise ValueError("resume: needs `out`, the folder with the checkpoint")
     model.to(pick_device(device)).train()
     run = start_run(model, train_tokens, cfg)
+    run.extra_loss = extra_loss
     if resume:
         load_checkpoint(out / CHECKPOINT, run)
     else:

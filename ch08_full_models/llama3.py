@@ -1,9 +1,9 @@
 """Chapter 8: Llama 2 and 3, SmolLM2, Mistral 7B, Qwen2.5: the recipe most open models share.
 
-Since chapter 4: latent attention is left out; RMSNorm and SwiGLU without biases (chapter 5) take
-the place of LayerNorm and GELU. Its own: rope scaling (Llama 3.1's published code), biases on q, k
-and v (Qwen2 report, section 2.2.1), an output matrix that may be tied. For speed: torch's attention
-kernel, and a cache in buffers that are allocated ahead.
+Since chapter 7: latent attention, experts, norms on outputs and norms on queries and keys are left
+out. Its own: rope scaling (Llama 3.1's published code), biases on q, k and v (Qwen2 report, section
+2.2.1), an output matrix that may be tied. For speed: torch's attention kernel, and a cache in
+buffers that are allocated ahead.
 
 A tensor's name ends in its axes: `q_BTHK` has shape (B, T, H, K).
     B  sequences in the batch         T  tokens in this call

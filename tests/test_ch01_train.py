@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,13 +42,7 @@ SMALL = Config(
 FAST = TrainConfig(steps=6, batch_size=4, seq_len=8, lr=1e-2, eval_every=4, eval_tokens=64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Moody(Transformer):
@@ -231,6 +224,25 @@ def test_overfits_one_batch() -> None:
     cfg = TrainConfig(steps=80, batch_size=2, seq_len=12, lr=2e-2, eval_every=80)
     result = train(Transformer(SMALL), tokens, tokens, cfg, device="cpu")
     assert result.losses[0] > 3 and result.losses[-1] < 0.1
+
+
+def test_extra_loss_is_in_the_gradient_and_not_in_the_record() -> None:
+    """Guards what balances a router: it acts at every training step, and losses stay comparable."""
+    plain, pulled = with_seed(0), with_seed(0)
+    calls: list[bool] = []
+
+    def extra_loss() -> Tensor:
+        calls.append(pulled.training)
+        return 100 * pulled.embed.weight.square().sum()
+
+    tokens = random_tokens()
+    without = train(plain, tokens, tokens, FAST, device="cpu")
+    result = train(pulled, tokens, tokens, FAST, device="cpu", extra_loss=extra_loss)
+    assert calls == [True] * FAST.steps
+    assert result.losses[0] == without.losses[0]
+    assert result.losses[-1] != without.losses[-1]
+    assert result.grad_norms[0] > 2 * without.grad_norms[0]
+    assert pulled.embed.weight.norm() < plain.embed.weight.norm()
 
 
 def test_seeds() -> None:

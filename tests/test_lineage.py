@@ -58,7 +58,8 @@ def names(text: str) -> frozenset[str]:
 
 
 GPT2, ROPE, GQA = "ch01_gpt2/gpt2.py", "ch02_rope/rope.py", "ch03_gqa/gqa.py"
-MLA = "ch04_mla/mla.py"
+MLA, SWIGLU = "ch04_mla/mla.py", "ch05_swiglu_rmsnorm/swiglu_rmsnorm.py"
+MOE, NORMS = "ch06_moe/moe.py", "ch07_norm_placement/norm_placement.py"
 LLAMA3, GEMMA3 = "ch08_full_models/llama3.py", "ch08_full_models/gemma3.py"
 SMALL = dict(vocab_size=50, n_layers=2, d_model=26, d_ff=34)
 
@@ -75,6 +76,8 @@ def small_mla(module: ModuleType) -> list:
         d_rope=4,
         d_value=12,
     )
+    if hasattr(latent, "n_experts"):
+        latent = dataclasses.replace(latent, n_experts=5, n_active=3, n_shared=2, d_expert=14)
     straight = dataclasses.replace(latent, d_q_latent=None)
     grouped = dataclasses.replace(latent, d_latent=None)
     return [latent, straight, grouped]
@@ -113,6 +116,12 @@ def small_gemma3(module: ModuleType) -> list:
         rope_factor=8.0,
     )
     return [gemma_3, dataclasses.replace(gemma_3, qk_norm=False, attn_cap=50.0, logit_cap=30.0)]
+
+
+def small_norms(module: ModuleType) -> list:
+    placed = zip(small_mla(module), ("in", "out", "both"), strict=True)
+    grouped = [dataclasses.replace(cfg, norm_at=place) for cfg, place in placed]
+    return [*grouped, dataclasses.replace(grouped[-1], qk_norm="full")]
 
 
 LINEAGE = {
@@ -168,18 +177,62 @@ LINEAGE = {
         small=small_mla,
         sizes={"D": 26, "V": 50},
     ),
-    LLAMA3: Entry(
+    SWIGLU: Entry(
         kin={
             MLA: Kin(
                 names(
                     """
-                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
-                    rope_frequencies attend Attention.__init__ Attention.forward MLP MLP.__init__
-                    MLP.forward Block.__init__ Transformer Transformer.__init__ Transformer.forward
+                    Config LatentAttention.__init__ MLP MLP.__init__ MLP.forward Block.__init__
+                    Transformer.__init__ main
+                    """
+                ),
+                budget=70,
+            )
+        },
+        small=small_mla,
+        sizes={"D": 26, "V": 50},
+    ),
+    MOE: Entry(
+        kin={
+            SWIGLU: Kin(
+                names(
+                    """
+                    Config Block.__init__ main
+                    """
+                ),
+                budget=70,
+            )
+        },
+        small=small_mla,
+        sizes={"D": 26, "V": 50},
+    ),
+    NORMS: Entry(
+        kin={
+            MOE: Kin(
+                names(
+                    """
+                    Config Attention.__init__ Attention.forward Block Block.__init__ Block.forward
                     main
                     """
                 ),
-                budget=440,
+                budget=70,
+            )
+        },
+        small=small_norms,
+        sizes={"D": 26, "V": 50},
+    ),
+    LLAMA3: Entry(
+        kin={
+            NORMS: Kin(
+                names(
+                    """
+                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
+                    rope_frequencies attend Attention.__init__ Attention.forward MLP.__init__ Block
+                    Block.__init__ Block.forward Transformer Transformer.__init__
+                    Transformer.forward main
+                    """
+                ),
+                budget=500,
             )
         },
         small=small_llama3,
@@ -187,16 +240,16 @@ LINEAGE = {
     ),
     GEMMA3: Entry(
         kin={
-            MLA: Kin(
+            NORMS: Kin(
                 names(
                     """
                     Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
                     rope_frequencies attend Attention.__init__ Attention.forward MLP MLP.__init__
-                    MLP.forward Block Block.__init__ Block.forward Transformer.__init__
+                    MLP.forward RMSNorm RMSNorm.__init__ RMSNorm.forward Block Block.__init__
                     Transformer.forward main
                     """
                 ),
-                budget=540,
+                budget=550,
             ),
             LLAMA3: Kin(
                 names(
@@ -603,14 +656,13 @@ def test_a_listed_name_that_is_gone_is_seen(copy: Path) -> None:
 
 
 def test_a_new_file_and_a_new_parent_are_seen(copy: Path) -> None:
-    """Guards `unlisted`: a chapter that nobody entered, and the children it takes over."""
-    (copy / "ch07_norm_placement").mkdir()
-    shutil.copy(copy / PARENT, copy / "ch07_norm_placement" / "norm_placement.py")
+    """Guards `unlisted`: a file that nobody entered, and a parent that is gone."""
+    shutil.copy(copy / CHILD, copy / Path(CHILD).with_name("twin.py"))
+    (copy / NORMS).unlink()
     complaints = unlisted(copy, LINEAGE)
-    assert "ch07_norm_placement/norm_placement.py: not in LINEAGE" in complaints
-    assert any(line.startswith(f"{CHILD}: its parent is ch07") for line in complaints)
-    (copy / CHILD).unlink()
-    assert f"{CHILD}: in LINEAGE, but not there" in unlisted(copy, LINEAGE)
+    assert "ch08_full_models/twin.py: not in LINEAGE" in complaints
+    assert f"{NORMS}: in LINEAGE, but not there" in complaints
+    assert f"{CHILD}: its parent is {MOE}, LINEAGE says {NORMS}" in complaints
 
 
 @pytest.mark.parametrize(
