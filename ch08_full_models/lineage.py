@@ -1,0 +1,409 @@
+"""Every chapter's model from 1 to 7, trained under one budget: what each change buys and costs.
+
+    python -m ch08_full_models.lineage                  under an hour on two cores: lineage.json
+    python -m ch08_full_models.lineage --size gpu       larger, for a GPU: lineage_gpu.json
+    python -m ch08_full_models.lineage --plot           draws lineage.png from lineage.json
+
+All models have as many parameters as chapter 1's, within 2 percent: the MLP's width makes up for
+what a change adds or takes away. All see the same tokens in the same order under the same schedule;
+the highest learning rate is chosen for each by a short search. Chapter 6's model has most of its
+parameters idle at any one token, so equal parameters mean less work a token, not equal work.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ch01_gpt2 import gpt2
+from ch01_gpt2.data import encode, load_text, split
+from ch01_gpt2.train import TrainConfig, environment, pick_device, save_json, train
+from ch02_rope import rope
+from ch03_gqa import gqa
+from ch04_mla import mla
+from ch05_swiglu_rmsnorm import swiglu_rmsnorm
+from ch06_moe import moe
+from ch06_moe.balance import RouterLog
+from ch07_norm_placement import norm_placement
+
+FOLDER = Path(__file__).parent
+CHAPTERS = {
+    1: (gpt2, "GPT-2"),
+    2: (rope, "rotary positions"),
+    3: (gqa, "grouped queries, windows"),
+    4: (mla, "latent attention"),
+    5: (swiglu_rmsnorm, "SwiGLU, RMSNorm"),
+    6: (moe, "mixture of experts"),
+    7: (norm_placement, "norms in and out"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the models are and how long they learn."""
+
+    n_vocab: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int  # from chapter 3 on
+    head_dim: int
+    window: int  # of every other layer, from chapter 3 on
+    d_latent: int  # from chapter 4 on
+    d_rope: int
+    d_ff: int  # of chapter 1
+    n_experts: int  # from chapter 6 on
+    n_active: int
+    seq_len: int
+    batch_size: int
+    steps: int
+    search_steps: int  # for each learning rate of the search
+    lrs: tuple[float, ...]
+    n_seeds: int
+    n_decoded: int  # tokens made for the speed of decoding, after a text of seq_len
+
+
+LAPTOP = Size(
+    n_vocab=512,
+    n_layers=4,
+    d_model=96,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=16,
+    window=64,
+    d_latent=32,
+    d_rope=8,
+    d_ff=384,
+    n_experts=8,
+    n_active=2,
+    seq_len=128,
+    batch_size=16,
+    steps=300,
+    search_steps=100,
+    lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+    n_seeds=3,
+    n_decoded=64,
+)
+GPU = Size(
+    n_vocab=4096,
+    n_layers=8,
+    d_model=512,
+    n_heads=8,
+    n_kv_heads=2,
+    head_dim=64,
+    window=128,
+    d_latent=128,
+    d_rope=32,
+    d_ff=2048,
+    n_experts=16,
+    n_active=2,
+    seq_len=512,
+    batch_size=64,
+    steps=3000,
+    search_steps=500,
+    lrs=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+    n_seeds=3,
+    n_decoded=256,
+)
+SMOKE = dataclasses.replace(
+    LAPTOP,
+    n_layers=2,
+    d_model=48,
+    d_ff=192,
+    seq_len=32,
+    batch_size=4,
+    steps=4,
+    search_steps=2,
+    lrs=(1e-3, 3e-3),
+    n_seeds=1,
+    n_decoded=4,
+)
+SIZES = {"laptop": LAPTOP, "gpu": GPU, "smoke": SMOKE}
+
+
+def fields(chapter: int, size: Size) -> dict[str, object]:
+    """What chapter N's Config is given besides the MLP's width: a line a chapter."""
+    given: dict[str, object] = dict(
+        vocab_size=size.n_vocab,
+        n_layers=size.n_layers,
+        d_model=size.d_model,
+        n_heads=size.n_heads,
+        head_dim=size.head_dim,
+    )
+    if chapter == 1:
+        given |= dict(max_seq_len=size.seq_len + size.n_decoded)
+    if chapter >= 3:
+        given |= dict(n_kv_heads=size.n_kv_heads, windows=(size.window, None))
+    if chapter >= 4:
+        given |= dict(d_latent=size.d_latent, d_q_latent=None, d_rope=size.d_rope)
+        given |= dict(d_value=size.head_dim)
+    if chapter >= 6:
+        given |= dict(n_experts=size.n_experts, n_active=size.n_active)
+    if chapter == 7:
+        given |= dict(norm_at="both")
+    return given
+
+
+def n_parameters(model: nn.Module) -> int:
+    return sum(param.numel() for param in model.parameters())
+
+
+def n_active_parameters(model: nn.Module) -> int:
+    """Parameters that work on any one token: all but the experts it is not sent to."""
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, (moe.MoE, norm_placement.MoE)):
+            n_idle = len(module.experts) - module.n_active
+            idle += n_idle * n_parameters(module.experts[0])
+    return n_parameters(model) - idle
+
+
+def config(chapter: int, size: Size) -> object:
+    """Chapter N's Config, its MLP as wide as gives the parameters of chapter 1's model.
+
+    From chapter 6 on the experts' width is what is chosen, and the first, dense layer keeps the
+    width of chapter 5.
+    """
+    module, _ = CHAPTERS[chapter]
+    given = fields(chapter, size)
+    if chapter == 1:
+        return module.Config(**given, d_ff=size.d_ff)
+    wanted, width = count(config(1, size), gpt2), "d_ff"
+    if chapter >= 6:
+        given["d_ff"], width = config(5, size).d_ff, "d_expert"
+    low, high = 1, 4 * size.d_ff
+    while low < high:  # the narrowest with at least as many
+        middle = (low + high) // 2
+        if count(module.Config(**given, **{width: middle}), module) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return module.Config(**given, **{width: low})
+
+
+def count(cfg: object, module: object) -> int:
+    with torch.device("meta"):
+        return n_parameters(module.Transformer(cfg))
+
+
+def build(chapter: int, size: Size, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return CHAPTERS[chapter][0].Transformer(config(chapter, size))
+
+
+def fit(
+    model: nn.Module, text: tuple[Tensor, Tensor], size: Size, steps: int, lr: float, seed: int
+) -> dict:
+    """Trains a model; returns its losses in nats a token and its speed in tokens a second.
+
+    Experts are kept busy by the bias on their choice (chapter 6); no loss is added.
+    """
+    cfg = TrainConfig(
+        steps=steps,
+        batch_size=size.batch_size,
+        seq_len=size.seq_len,
+        lr=lr,
+        eval_every=max(1, steps // 6),
+        eval_tokens=10 * size.seq_len * size.batch_size,
+        seed=seed,
+    )
+    with RouterLog(model) as routers:
+        result = train(model, *text, cfg, extra_loss=routers.balance_by_bias)
+    return {
+        "seed": seed,
+        "lr": lr,
+        "val_steps": result.val_steps,
+        "val_losses": result.val_losses,
+        "final_val_loss": result.final_val_loss,
+        "tokens_per_s": result.tokens_per_s,
+    }
+
+
+def search(chapter: int, text: tuple[Tensor, Tensor], size: Size) -> dict[float, float | None]:
+    """Held-out loss of a short run by its highest learning rate; None for one that diverged."""
+    losses: dict[float, float | None] = {}
+    for lr in size.lrs:
+        try:
+            short = fit(build(chapter, size, 0), text, size, size.search_steps, lr, seed=0)
+            losses[lr] = short["final_val_loss"]
+        except FloatingPointError:
+            losses[lr] = None
+    return losses
+
+
+def best(losses: dict[float, float | None]) -> float:
+    """The learning rate with the lowest loss. ValueError if all diverged."""
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+    if not finite:
+        raise ValueError(f"lrs: {list(losses)}, expected one that does not diverge")
+    return min(finite, key=finite.__getitem__)
+
+
+@torch.no_grad()
+def decode_speeds(size: Size, device: torch.device, rounds: int = 5) -> dict[int, float]:
+    """Tokens a second that each chapter's model makes after a text of seq_len; medians.
+
+    The models take turns, so that what else the machine does falls on all alike.
+    """
+    models = {chapter: build(chapter, size, 0).to(device).eval() for chapter in CHAPTERS}
+    text_1T = torch.randint(size.n_vocab, (1, size.seq_len), device=device)
+    seconds: dict[int, list[float]] = {chapter: [] for chapter in CHAPTERS}
+    for _ in range(rounds):
+        for chapter, model in models.items():
+            cache = model.new_cache()
+            model(text_1T, cache, last_only=True)
+            wait(device)
+            start = time.perf_counter()
+            for _ in CHAPTERS[chapter][0].generate(
+                model, text_1T[:, -1:], size.n_decoded, cache=cache
+            ):
+                pass
+            wait(device)
+            seconds[chapter].append(time.perf_counter() - start)
+    return {c: size.n_decoded / statistics.median(times) for c, times in seconds.items()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module, n_tokens: int) -> int:
+    """Bytes that the caches of all layers hold after a text of n_tokens."""
+    cache = model.new_cache()
+    model(torch.zeros(1, n_tokens, dtype=torch.long), cache, last_only=True)
+    return sum(layer.n_bytes() for layer in cache)
+
+
+def measure(size: Size, out: Path, device: torch.device, log: Callable[[str], None]) -> None:
+    """Everything, written to `out` after each trained model: a run that is stopped leaves much.
+
+    Seed by seed, and in a seed chapter by chapter: what the machine does meanwhile falls on all.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = [folder / f"{name}.py" for name in ("argparse", "datetime", "inspect", "typing")]
+    source = load_text([path for path in paths if path.exists()])
+    text = split(encode(load_text() + source, size.n_vocab))
+    record = {
+        "environment": environment(device),
+        "settings": dataclasses.asdict(size) | {"tokens": sum(map(len, text))},
+        "chapters": {},
+        "runs": [],
+    }
+    for chapter, (_, name) in CHAPTERS.items():
+        model, losses = build(chapter, size, 0), search(chapter, text, size)
+        record["chapters"][chapter] = {
+            "name": name,
+            "n_parameters": n_parameters(model),
+            "n_active_parameters": n_active_parameters(model),
+            "cache_bytes": cache_bytes(model, size.seq_len),
+            "config": dataclasses.asdict(config(chapter, size)),
+            "search": losses,
+            "lr": best(losses),
+        }
+        log(f"chapter {chapter}: {n_parameters(model):,} parameters, lr {best(losses)}")
+    for chapter, speed in decode_speeds(size, device).items():
+        record["chapters"][chapter]["decode_tokens_per_s"] = speed
+    for seed in range(size.n_seeds):
+        for chapter in CHAPTERS:
+            lr = record["chapters"][chapter]["lr"]
+            run = fit(build(chapter, size, seed), text, size, size.steps, lr, seed)
+            record["runs"].append({"chapter": chapter} | run)
+            save_json(out, record)
+            log(f"seed {seed}, chapter {chapter}: {run['final_val_loss']:.4f}")
+
+
+def summary(record: dict) -> list[dict]:
+    """A row a chapter: loss over the seeds, and what the model costs."""
+    rows = []
+    for number, chapter in record["chapters"].items():
+        runs = [run for run in record["runs"] if run["chapter"] == int(number)]
+        losses = [run["final_val_loss"] for run in runs]
+        rows.append(
+            {
+                "chapter": int(number),
+                "name": chapter["name"],
+                "losses": losses,
+                "loss": statistics.mean(losses),
+                "n_parameters": chapter["n_parameters"],
+                "n_active_parameters": chapter["n_active_parameters"],
+                "cache_bytes_per_token": chapter["cache_bytes"] / record["settings"]["seq_len"],
+                "train_tokens_per_s": statistics.median(run["tokens_per_s"] for run in runs),
+                "decode_tokens_per_s": chapter["decode_tokens_per_s"],
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    head = "chapter                        loss (range over seeds)  parameters  active"
+    print(head + "  cache B/token  train tok/s  decode tok/s")
+    for row in rows:
+        spread = f"{row['loss']:.4f} ({min(row['losses']):.4f} to {max(row['losses']):.4f})"
+        print(
+            f"{row['chapter']} {row['name']:26}  {spread:25}"
+            f"{row['n_parameters']:10,}{row['n_active_parameters']:10,}"
+            f"{row['cache_bytes_per_token']:13,.0f}{row['train_tokens_per_s']:13,.0f}"
+            f"{row['decode_tokens_per_s']:13,.0f}"
+        )
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """What each change bought and what it cost: one row a chapter, one panel a measure."""
+    import matplotlib.pyplot as plt
+
+    from ch01_gpt2.notebook import BLUE, GREEN, GREY, ORANGE, RED, style
+
+    style()
+    panels = [
+        ("held-out loss (nats a token)", "loss", BLUE),
+        ("cache (bytes a token)", "cache_bytes_per_token", ORANGE),
+        ("training (tokens a second)", "train_tokens_per_s", GREEN),
+        ("decoding (tokens a second)", "decode_tokens_per_s", RED),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), sharey=True)
+    places = [row["chapter"] for row in rows]
+    for ax, (title, key, colour) in zip(axes, panels, strict=True):
+        values = [row[key] for row in rows]
+        if key == "loss":
+            for row in rows:
+                ax.plot(row["losses"], [row["chapter"]] * len(row["losses"]), "o", color=GREY, ms=4)
+            ax.plot(values, places, "D-", color=colour, lw=1, ms=5)
+        else:
+            ax.barh(places, values, color=colour, height=0.6)
+            for place, value in zip(places, values, strict=True):
+                ax.text(value, place, f" {value:,.0f}", va="center", fontsize=8)
+            ax.set_xlim(0, 1.25 * max(values))
+        ax.set_title(title)
+    axes[0].set_yticks(places, [f"{row['chapter']} {row['name']}" for row in rows])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="laptop")
+    parser.add_argument("--out", type=Path, help="default: lineage.json, or lineage_SIZE.json")
+    parser.add_argument("--device", help="cpu, cuda or mps; default: the best one here")
+    parser.add_argument("--plot", action="store_true", help="draw the file that is there")
+    args = parser.parse_args()
+    name = "lineage.json" if args.size == "laptop" else f"lineage_{args.size}.json"
+    out = args.out or FOLDER / name
+    if not args.plot:
+        measure(SIZES[args.size], out, pick_device(args.device), print)
+    rows = summary(json.loads(out.read_text(encoding="utf-8")))
+    print_table(rows)
+    draw(rows, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
