@@ -1,0 +1,147 @@
+"""Chapter 7, the experiment: how high a learning rate does each placement of the norms stand?
+
+Six placements, each without and with QK-norm, so that the two are varied apart from each other
+(reports often change both at once); the chapter's own placements with QK-norm over the full width,
+too. Every model is trained for a short time with each learning rate and each seed. What diverges,
+or ends no better than it began, has no loss in the record. There is no warm-up beyond a twentieth
+of the steps, since warm-up is what hides the differences.
+
+    python -m ch07_norm_placement.sweep            about 25 minutes on one core; writes sweep.json
+    python -m ch07_norm_placement.sweep --smoke    the same in seconds, with losses that say nothing
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from ch01_gpt2.data import encode, load_text, split
+from ch01_gpt2.notebook import table
+from ch01_gpt2.train import TrainConfig, environment, save_json, train
+from ch07_norm_placement.norm_placement import Config
+from ch07_norm_placement.placements import PLACEMENTS, build
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the experiment is."""
+
+    n_vocab: int = 256
+    n_layers: int = 6
+    d_model: int = 64
+    steps: int = 120
+    batch_size: int = 8  # sequences
+    seq_len: int = 64  # tokens
+    eval_tokens: int = 8192
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+SMOKE = Plan(n_layers=1, d_model=32, steps=3, batch_size=2, seq_len=16, eval_tokens=64,
+             seeds=(0,), lrs=(1e-3, 1e2))  # fmt: skip
+
+
+def kinds() -> list[tuple[str, str | None]]:
+    """All (placement, QK-norm) pairs."""
+    both = [(placement, qk_norm) for placement in PLACEMENTS for qk_norm in (None, "head")]
+    return both + [(placement, "full") for placement in ("pre", "out", "sandwich")]
+
+
+def train_one(
+    placement: str,
+    qk_norm: str | None,
+    lr: float,
+    seed: int,
+    plan: Plan,
+    texts: tuple[Tensor, Tensor],
+) -> dict:
+    """The record of one training; its loss is None where the model learned nothing or diverged."""
+    cfg = Config(
+        vocab_size=plan.n_vocab,
+        n_layers=plan.n_layers,
+        d_model=plan.d_model,
+        n_heads=plan.d_model // 16,
+        n_kv_heads=plan.d_model // 16,
+        head_dim=16,
+        d_latent=None,
+        d_ff=round(8 / 3 * plan.d_model),
+        n_experts=0,
+        qk_norm=qk_norm,
+    )
+    torch.manual_seed(seed)
+    model = build(cfg, placement)
+    train_cfg = TrainConfig(
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        seq_len=plan.seq_len,
+        lr=lr,
+        eval_every=plan.steps,
+        eval_tokens=plan.eval_tokens,
+        seed=seed,
+    )
+    run = {"placement": placement, "qk_norm": qk_norm, "lr": lr, "seed": seed}
+    try:
+        result = train(model, *texts, train_cfg, device="cpu", progress=False)
+    except FloatingPointError:
+        return run | {"final_val_loss": None, "max_grad_norm": None}
+    first, last = result.val_losses[0], result.final_val_loss
+    largest = max(result.grad_norms)
+    return run | {
+        "final_val_loss": last if last < first else None,
+        "max_grad_norm": largest if math.isfinite(largest) else None,
+    }
+
+
+def experiment(plan: Plan) -> Iterator[dict]:
+    """Yields the record (the JSON's content) after each kind and seed. Losses are nats a byte."""
+    tokens = encode(load_text(), plan.n_vocab)
+    texts, runs = split(tokens), []
+    for seed in plan.seeds:
+        for placement, qk_norm in kinds():
+            for lr in plan.lrs:
+                runs.append(train_one(placement, qk_norm, lr, seed, plan, texts))
+            losses = [run["final_val_loss"] for run in runs[-len(plan.lrs) :]]
+            shown = "  ".join("    -" if loss is None else f"{loss:5.3f}" for loss in losses)
+            print(f"seed {seed}  {placement:9} {qk_norm or '-':5} {shown}", flush=True)
+            yield {
+                "environment": environment(torch.device("cpu")),
+                "settings": asdict(plan) | {"text": f"Python's help topics, {len(tokens)} bytes"},
+                "lrs": plan.lrs,
+                "runs": runs,
+            }
+
+
+def print_table(record: dict) -> None:
+    """Mean losses over the seeds by learning rate; a dash where any seed failed."""
+    rows = []
+    for placement, qk_norm in kinds():
+        cells = []
+        for lr in record["lrs"]:
+            losses = [
+                run["final_val_loss"]
+                for run in record["runs"]
+                if (run["placement"], run["qk_norm"], run["lr"]) == (placement, qk_norm, lr)
+            ]
+            cells.append("-" if None in losses or not losses else f"{mean(losses):.3f}")
+        rows.append([placement, qk_norm or "-", *cells])
+    table(["placement", "QK-norm", *(f"{lr:g}" for lr in record["lrs"])], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for record in experiment(SMOKE if args.smoke else Plan()):
+        save_json(args.out, record)
+    print_table(record)
+
+
+if __name__ == "__main__":
+    main()
