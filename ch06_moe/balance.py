@@ -80,6 +80,7 @@ class RouterLog:
     ) -> None:
         for hook in self.hooks:
             hook.remove()
+        self.logits = [torch.empty(0)] * len(self.layers)  # they hold on to the last graph
 
     def keep(self, i: int, layer: nn.Module) -> Callable[..., None]:
         """A hook that keeps the logits of layer i."""
@@ -107,11 +108,11 @@ class RouterLog:
         return torch.zeros(())
 
     def balance_by_loss(self, coefficient: float = 0.01, z_coefficient: float = 0.0) -> Tensor:
-        """The extra loss of all layers, a scalar: their mean, times the coefficients."""
+        """The extra loss, a scalar: the layers' mean, times the coefficients. 0 without layers."""
         pairs = list(zip(self.logits, self.choices(), strict=True))
         aux = sum(balance_loss(logit_NI, expert_NA) for logit_NI, expert_NA in pairs)
         z = sum(z_loss(logit_NI) for logit_NI, _ in pairs)
-        return (coefficient * aux + z_coefficient * z) / len(pairs)
+        return (coefficient * aux + z_coefficient * z) / max(len(pairs), 1) + torch.zeros(())
 
     def balance_by_bias(self, step: float = 1e-3) -> Tensor:
         """Moves each layer's bias, between forward and backward; the loss stays what it is."""

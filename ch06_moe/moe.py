@@ -295,7 +295,7 @@ class MoE(nn.Module):
         y_MD = torch.cat([expert(part) for expert, part in parts if len(part)])
         y_MD = y_MD * weight_NA.flatten()[order_M, None]
         y_ND = torch.zeros_like(x_ND) if self.shared is None else self.shared(x_ND)
-        return y_ND.index_add(0, token_M, y_MD).view_as(x_BTD)
+        return y_ND.index_add(0, token_M, y_MD.type_as(y_ND)).view_as(x_BTD)
 
 
 class RMSNorm(nn.Module):

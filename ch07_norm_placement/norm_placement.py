@@ -62,6 +62,12 @@ class Config:
     qk_norm: str | None = "head"  # over each head (Qwen3, Gemma 3), or the "full" width (OLMo 2)
     rope_theta: float = 10_000.0  # the slowest pair turns once in about 2 pi theta tokens
 
+    def __post_init__(self) -> None:
+        if self.norm_at not in ("in", "out", "both"):
+            raise ValueError(f"norm_at: {self.norm_at!r}, expected 'in', 'out' or 'both'")
+        if self.qk_norm not in (None, "head", "full"):
+            raise ValueError(f"qk_norm: {self.qk_norm!r}, expected None, 'head' or 'full'")
+
 
 class LayerCache:
     """What one attention layer keeps of the tokens it has seen: tensors shaped (B, seen, ...).
@@ -307,7 +313,7 @@ class MoE(nn.Module):
         y_MD = torch.cat([expert(part) for expert, part in parts if len(part)])
         y_MD = y_MD * weight_NA.flatten()[order_M, None]
         y_ND = torch.zeros_like(x_ND) if self.shared is None else self.shared(x_ND)
-        return y_ND.index_add(0, token_M, y_MD).view_as(x_BTD)
+        return y_ND.index_add(0, token_M, y_MD.type_as(y_ND)).view_as(x_BTD)
 
 
 class RMSNorm(nn.Module):

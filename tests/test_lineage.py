@@ -215,7 +215,7 @@ LINEAGE = {
                     main
                     """
                 ),
-                budget=70,
+                budget=80,
             )
         },
         small=small_norms,
@@ -249,7 +249,7 @@ LINEAGE = {
                     Transformer.forward main
                     """
                 ),
-                budget=550,
+                budget=560,
             ),
             LLAMA3: Kin(
                 names(
