@@ -1,0 +1,77 @@
+"""The experiment over the whole lineage: equal parameters, one budget, honest counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ch08_full_models import lineage
+from ch08_full_models.lineage import CHAPTERS, GPU, LAPTOP, SMOKE, Size
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("size", [LAPTOP, GPU], ids=["laptop", "gpu"])
+def test_equal_parameters(size: Size) -> None:
+    """Guards the budget: within 2 percent of chapter 1's, counted on the models themselves."""
+    counts = {
+        chapter: lineage.count(lineage.config(chapter, size), module)
+        for chapter, (module, _) in CHAPTERS.items()
+    }
+    for chapter, n in counts.items():
+        assert abs(n / counts[1] - 1) < 0.02, chapter
+
+
+def test_one_change_at_a_time() -> None:
+    """Guards the lineage: a chapter's config has what its parent's has, and its own."""
+    before: dict[str, object] = {}
+    for chapter in CHAPTERS:
+        given = lineage.fields(chapter, LAPTOP)
+        given.pop("max_seq_len", None)
+        assert before.items() <= given.items(), chapter
+        before = given
+
+
+def test_active_parameters_by_hooks() -> None:
+    """Guards the count of what works on one token: parameters of the modules that ran."""
+    for chapter in (5, 6, 7):
+        model = lineage.build(chapter, SMOKE, seed=0).eval()
+        ran: set[torch.nn.Module] = set()
+        for module in model.modules():
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long))
+        idle = [
+            expert
+            for moe in model.modules()
+            if hasattr(moe, "experts")
+            for expert in moe.experts
+            if expert not in ran
+        ]
+        expected = lineage.n_parameters(model) - sum(map(lineage.n_parameters, idle))
+        assert lineage.n_active_parameters(model) == expected
+        assert (len(idle) > 0) == (chapter > 5)
+
+
+def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the command: a record with every chapter, a table and a picture."""
+    out = tmp_path / "lineage.json"
+    arguments = ["lineage", "--size", "smoke", "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    lineage.main()
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert [run["chapter"] for run in record["runs"]] == list(CHAPTERS)
+    rows = lineage.summary(record)
+    assert [row["chapter"] for row in rows] == list(CHAPTERS)
+    by_chapter = {row["chapter"]: row for row in rows}
+    bytes_of = {chapter: row["cache_bytes_per_token"] for chapter, row in by_chapter.items()}
+    assert bytes_of[1] == bytes_of[2] > bytes_of[3] > bytes_of[4] == bytes_of[7]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_best_rate() -> None:
+    """Guards the search: the lowest loss, among those that did not diverge."""
+    assert lineage.best({1e-3: 3.0, 2e-3: 2.5, 4e-3: None}) == 2e-3
+    with pytest.raises(ValueError, match="does not diverge"):
+        lineage.best({1.0: None})
