@@ -1,4 +1,4 @@
-"""Placements of the norms against blocks written out by hand, soft caps against Gemma 2's formula."""
+"""Placements of the norms against blocks written by hand, soft caps against their formula."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ch07_norm_placement import placements, sweep
 from ch07_norm_placement.norm_placement import Config, Transformer
 from ch07_norm_placement.placements import PLACEMENTS, build, stream_sizes
-from tests.parity import brute_force_attention, mutant
+from tests.parity import TOLERANCE, brute_force_attention, mutant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,8 +85,8 @@ def test_wiring_and_norms(placement: str, qk_norm: str | None) -> None:
     with torch.no_grad():
         logits_BTV, cache = model(tokens_BT), model.new_cache()
         parts = [model(part, cache) for part in tokens_BT.split([4, 1, 6], dim=1)]
-    torch.testing.assert_close(logits_BTV, by_hand(model, placement, tokens_BT))
-    torch.testing.assert_close(torch.cat(parts, dim=1), logits_BTV, rtol=1e-4, atol=1e-4)
+    for found_BTV in (by_hand(model, placement, tokens_BT), torch.cat(parts, dim=1)):
+        assert (found_BTV - logits_BTV).abs().max() < TOLERANCE * logits_BTV.abs().max()
     names = [name for name, _ in model.blocks[0].named_parameters() if "norm" in name]
     assert len([n for n in names if not n.startswith("attn.")]) == N_NORMS[placement]
     assert len([n for n in names if n.startswith("attn.")]) == (0 if qk_norm is None else 2)
@@ -128,7 +128,7 @@ def test_caps_in_a_model() -> None:
         ("post", "x_BTD = self.mlp_norm(x_BTD + self.mlp(x_BTD)) -> "
                  "x_BTD = x_BTD + self.mlp_norm(self.mlp(x_BTD))"),
         ("parallel", "+ self.mlp(normed_BTD) -> + self.mlp(x_BTD)"),
-        ("parallel", "return x_BTD + self.attn(normed_BTD -> return normed_BTD + self.attn(normed_BTD"),
+        ("parallel", "return x_BTD + self.attn( -> return normed_BTD + self.attn("),
         ("out", '"out": "out" -> "out": "in"'),
         ("none", '("post", "none"): -> ("post",):'),
     ],
@@ -171,8 +171,5 @@ def test_sweep_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sweep.main()
     record = json.loads(out.read_text(encoding="utf-8"))
     assert {(run["placement"], run["qk_norm"]) for run in record["runs"]} == set(sweep.kinds())
-    losses = {
-        lr: [r["final_val_loss"] for r in record["runs"] if r["lr"] == lr] for lr in (1e-3, 100)
-    }
-    assert all(loss is not None for loss in losses[1e-3])
-    assert all(loss is None for loss in losses[100])
+    for run in record["runs"]:
+        assert (run["final_val_loss"] is None) == (run["lr"] == 100)

@@ -39,7 +39,7 @@ def test_active_parameters_by_hooks() -> None:
         model = lineage.build(chapter, SMOKE, seed=0).eval()
         ran: set[torch.nn.Module] = set()
         for module in model.modules():
-            module.register_forward_hook(lambda module, *_: ran.add(module))
+            module.register_forward_hook(lambda module, *_, ran=ran: ran.add(module))
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long))
         idle = [
