@@ -1,7 +1,7 @@
 """Chapter 5: a gate in the MLP, and a norm that only divides.
 
 Since chapter 4: the MLP multiplies its hidden layer by a gate (Shazeer 2020, section 2: SwiGLU),
-norms divide by the root mean square and subtract no mean (Zhang and Sennrich 2019, section 3), and
+norms divide by the root mean square and subtract no mean (Zhang and Sennrich 2019, section 4), and
 no linear layer has a bias.
 
 A tensor's name ends in its axes: `q_BTHK` has shape (B, T, H, K).
@@ -257,7 +257,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang and Sennrich 2019, section 3), computed in float32.
+    """Root-mean-square normalisation (Zhang and Sennrich 2019, section 4), computed in float32.
 
     Rounded to the input's type before the weight multiplies it: Llama's order.
     """

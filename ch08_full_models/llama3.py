@@ -223,7 +223,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang and Sennrich 2019, section 3), computed in float32.
+    """Root-mean-square normalisation (Zhang and Sennrich 2019, section 4), computed in float32.
 
     Rounded to the input's type before the weight multiplies it: Llama's order.
     """
