@@ -423,11 +423,15 @@ def result_of(run: Run) -> TrainResult:
 
 
 def save_json(path: Path, record: dict) -> None:
-    """Writes a record as JSON, one key a line: whole or not at all. ValueError for NaN."""
+    """Writes a record as JSON, one key a line: whole or not at all. ValueError for NaN.
+
+    Makes the folder if it is missing, since an experiment saves only after it has worked.
+    """
     lines = [
         f"{json.dumps(key)}: {json.dumps(value, default=str, allow_nan=False)}"
         for key, value in record.items()
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -173,8 +174,8 @@ def measured_crossing(n_new: Iterable[int], gaps: Iterable[float]) -> float | No
 
     A straight line is drawn between neighbours. None where they do not rise above it.
     """
-    points = list(zip(n_new, gaps, strict=True))
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    points = zip(n_new, gaps, strict=True)
+    for (before, low), (after, high) in pairwise(points):
         if low <= 0 < high:
             return before + (after - before) * -low / (high - low)
     return None

@@ -398,6 +398,8 @@ def main() -> None:
     args = parser.parse_args()
     name = "lineage.json" if args.size == "laptop" else f"lineage_{args.size}.json"
     out = args.out or FOLDER / name
+    if args.plot and not out.exists():
+        parser.exit(2, f"error: {out}: not there, expected the record of an earlier run\n")
     if not args.plot:
         measure(SIZES[args.size], out, pick_device(args.device), print)
     rows = summary(json.loads(out.read_text(encoding="utf-8")))

@@ -70,6 +70,17 @@ def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_plot_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Guards the message: one line that names the file, exit code 2."""
+    monkeypatch.setattr("sys.argv", ["lineage", "--plot", "--out", str(tmp_path / "no.json")])
+    with pytest.raises(SystemExit) as stop:
+        lineage.main()
+    assert stop.value.code == 2
+    assert "no.json: not there, expected the record" in capsys.readouterr().err
+
+
 def test_best_rate() -> None:
     """Guards the search: the lowest loss, among those that did not diverge."""
     assert lineage.best({1e-3: 3.0, 2e-3: 2.5, 4e-3: None}) == 2e-3
