@@ -2,17 +2,21 @@
 
 Six placements, each without and with QK-norm, so that the two are varied apart from each other
 (reports often change both at once); the chapter's own placements with QK-norm over the full width,
-too. Every model is trained for a short time with each learning rate and each seed. What diverges,
-or ends no better than it began, has no loss in the record. There is no warm-up beyond a twentieth
-of the steps, since warm-up is what hides the differences.
+too. Every model is trained for a short time with each learning rate and each seed. There is no
+warm-up beyond a twentieth of the steps, since warm-up is what hides the differences.
 
-    python -m ch07_norm_placement.sweep            about 25 minutes on one core; writes sweep.json
+With gradients clipped, few losses leave the range of numbers: a model that a high learning rate
+has broken goes on to learn how often each byte occurs, and no more. So the record has the loss of
+just that, "unigram_loss", and a run that ends no lower has failed.
+
+    python -m ch07_norm_placement.sweep            about 30 minutes on two cores; writes sweep.json
     python -m ch07_norm_placement.sweep --smoke    the same in seconds, with losses that say nothing
 """
 
 import argparse
 import math
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -34,12 +38,12 @@ class Plan:
     n_vocab: int = 256
     n_layers: int = 6
     d_model: int = 64
-    steps: int = 120
-    batch_size: int = 8  # sequences
+    steps: int = 150
+    batch_size: int = 16  # sequences
     seq_len: int = 64  # tokens
     eval_tokens: int = 8192
     seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 SMOKE = Plan(n_layers=1, d_model=32, steps=3, batch_size=2, seq_len=16, eval_tokens=64,
@@ -60,7 +64,7 @@ def train_one(
     plan: Plan,
     texts: tuple[Tensor, Tensor],
 ) -> dict:
-    """The record of one training; its loss is None where the model learned nothing or diverged."""
+    """The record of one training; its loss is None where it is no number any more."""
     cfg = Config(
         vocab_size=plan.n_vocab,
         n_layers=plan.n_layers,
@@ -89,46 +93,76 @@ def train_one(
         result = train(model, *texts, train_cfg, device="cpu", progress=False)
     except FloatingPointError:
         return run | {"final_val_loss": None, "max_grad_norm": None}
-    first, last = result.val_losses[0], result.final_val_loss
     largest = max(result.grad_norms)
     return run | {
-        "final_val_loss": last if last < first else None,
+        "final_val_loss": result.final_val_loss,
         "max_grad_norm": largest if math.isfinite(largest) else None,
     }
 
 
-def experiment(plan: Plan) -> Iterator[dict]:
+def train_all_rates(placement: str, qk_norm: str | None, seed: int, plan: Plan) -> list[dict]:
+    """The records of one kind and seed, a learning rate after the other, on one thread."""
+    torch.set_num_threads(1)
+    texts = split(encode(load_text(), plan.n_vocab))
+    return [train_one(placement, qk_norm, lr, seed, plan, texts) for lr in plan.lrs]
+
+
+def unigram_loss(texts: tuple[Tensor, Tensor], plan: Plan) -> float:
+    """Held-out loss of a model that knows how often each byte occurs, and nothing else.
+
+    In nats a byte, on what the models are scored on; one is added to each count.
+    """
+    train_tokens, val_tokens = texts
+    count_V = train_tokens.bincount(minlength=plan.n_vocab) + 1
+    log_prob_V = (count_V / count_V.sum()).log()
+    return -log_prob_V[val_tokens[1 : plan.eval_tokens + 1]].mean().item()
+
+
+def experiment(plan: Plan, n_jobs: int) -> Iterator[dict]:
     """Yields the record (the JSON's content) after each kind and seed. Losses are nats a byte."""
     tokens = encode(load_text(), plan.n_vocab)
-    texts, runs = split(tokens), []
-    for seed in plan.seeds:
-        for placement, qk_norm in kinds():
-            for lr in plan.lrs:
-                runs.append(train_one(placement, qk_norm, lr, seed, plan, texts))
-            losses = [run["final_val_loss"] for run in runs[-len(plan.lrs) :]]
+    floor, runs = unigram_loss(split(tokens), plan), []
+    wanted = [(*kind, seed, plan) for seed in plan.seeds for kind in kinds()]
+    with ProcessPoolExecutor(n_jobs) as pool:
+        for records in pool.map(train_all_rates, *zip(*wanted, strict=True)):
+            runs += records
+            losses = [run["final_val_loss"] for run in records]
             shown = "  ".join("    -" if loss is None else f"{loss:5.3f}" for loss in losses)
-            print(f"seed {seed}  {placement:9} {qk_norm or '-':5} {shown}", flush=True)
+            run = records[0]
+            kind = f"{run['placement']:9} {run['qk_norm'] or '-':5}"
+            print(f"seed {run['seed']}  {kind} {shown}", flush=True)
             yield {
                 "environment": environment(torch.device("cpu")),
                 "settings": asdict(plan) | {"text": f"Python's help topics, {len(tokens)} bytes"},
                 "lrs": plan.lrs,
+                "unigram_loss": floor,
                 "runs": runs,
             }
 
 
+def failed(run: dict, record: dict) -> bool:
+    """Whether a run ended with no number, or no lower than the bytes' frequencies alone give."""
+    loss = run["final_val_loss"]
+    return loss is None or loss >= record["unigram_loss"]
+
+
 def print_table(record: dict) -> None:
-    """Mean losses over the seeds by learning rate; a dash where any seed failed."""
+    """Mean losses over the seeds by learning rate; in brackets, how many of the seeds failed."""
     rows = []
     for placement, qk_norm in kinds():
         cells = []
         for lr in record["lrs"]:
-            losses = [
-                run["final_val_loss"]
+            runs = [
+                run
                 for run in record["runs"]
                 if (run["placement"], run["qk_norm"], run["lr"]) == (placement, qk_norm, lr)
             ]
-            cells.append("-" if None in losses or not losses else f"{mean(losses):.3f}")
+            losses = [run["final_val_loss"] for run in runs]
+            n_failed = sum(failed(run, record) for run in runs)
+            shown = "-" if None in losses or not losses else f"{mean(losses):.3f}"
+            cells.append(shown + (f" ({n_failed})" if n_failed else ""))
         rows.append([placement, qk_norm or "-", *cells])
+    print(f"the bytes' frequencies alone: {record['unigram_loss']:.3f} nats")
     table(["placement", "QK-norm", *(f"{lr:g}" for lr in record["lrs"])], rows)
 
 
@@ -136,9 +170,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for record in experiment(SMOKE if args.smoke else Plan()):
+    for record in experiment(SMOKE if args.smoke else Plan(), args.jobs):
         save_json(args.out, record)
     print_table(record)
 

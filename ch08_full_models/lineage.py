@@ -2,21 +2,30 @@
 
     python -m ch08_full_models.lineage                  under an hour on two cores: lineage.json
     python -m ch08_full_models.lineage --size gpu       larger, for a GPU: lineage_gpu.json
+    python -m ch08_full_models.lineage --speeds         measures the speeds again, a few minutes
     python -m ch08_full_models.lineage --plot           draws lineage.png from lineage.json
 
 All models have as many parameters as chapter 1's, within 2 percent: the MLP's width makes up for
 what a change adds or takes away. All see the same tokens in the same order under the same schedule;
-the highest learning rate is chosen for each by a short search. Chapter 6's model has most of its
-parameters idle at any one token, so equal parameters mean less work a token, not equal work.
+the highest learning rate is chosen for each by a search on shorter runs, which goes on upwards or
+downwards for as long as its end is its best. Chapter 6's model has most of its parameters idle at
+any one token, so equal parameters mean less work a token, not equal work.
+
+Losses do not depend on what else the machine does, speeds do: so these are measured apart, on one
+thread, all models by turns.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import multiprocessing
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +33,15 @@ from torch import Tensor, nn
 
 from ch01_gpt2 import gpt2
 from ch01_gpt2.data import encode, load_text, split
-from ch01_gpt2.train import TrainConfig, environment, pick_device, save_json, train
+from ch01_gpt2.train import (
+    TrainConfig,
+    environment,
+    pick_device,
+    save_json,
+    start_run,
+    train,
+    train_step,
+)
 from ch02_rope import rope
 from ch03_gqa import gqa
 from ch04_mla import mla
@@ -65,8 +82,9 @@ class Size:
     batch_size: int
     steps: int
     search_steps: int  # for each learning rate of the search
-    lrs: tuple[float, ...]
+    lrs: tuple[float, ...]  # that the search begins with, each twice the one before
     n_seeds: int
+    n_timed_steps: int  # of training, for its speed
     n_decoded: int  # tokens made for the speed of decoding, after a text of seq_len
 
 
@@ -85,10 +103,11 @@ LAPTOP = Size(
     n_active=2,
     seq_len=128,
     batch_size=16,
-    steps=300,
-    search_steps=100,
-    lrs=(1e-3, 2e-3, 4e-3, 8e-3),
+    steps=400,
+    search_steps=120,
+    lrs=(2e-3, 4e-3, 8e-3),
     n_seeds=3,
+    n_timed_steps=10,
     n_decoded=64,
 )
 GPU = Size(
@@ -108,8 +127,9 @@ GPU = Size(
     batch_size=64,
     steps=3000,
     search_steps=500,
-    lrs=(3e-4, 6e-4, 1.2e-3, 2.4e-3),
+    lrs=(6e-4, 1.2e-3, 2.4e-3),
     n_seeds=3,
+    n_timed_steps=20,
     n_decoded=256,
 )
 SMOKE = dataclasses.replace(
@@ -121,8 +141,9 @@ SMOKE = dataclasses.replace(
     batch_size=4,
     steps=4,
     search_steps=2,
-    lrs=(1e-3, 3e-3),
+    lrs=(3.2e-2, 6.4e-2),
     n_seeds=1,
+    n_timed_steps=2,
     n_decoded=4,
 )
 SIZES = {"laptop": LAPTOP, "gpu": GPU, "smoke": SMOKE}
@@ -198,44 +219,104 @@ def build(chapter: int, size: Size, seed: int) -> nn.Module:
     return CHAPTERS[chapter][0].Transformer(config(chapter, size))
 
 
-def fit(
-    model: nn.Module, text: tuple[Tensor, Tensor], size: Size, steps: int, lr: float, seed: int
-) -> dict:
-    """Trains a model; returns its losses in nats a token and its speed in tokens a second.
+@functools.cache
+def texts(n_vocab: int) -> tuple[Tensor, Tensor]:
+    """Tokens to train on and held-out ones: Python's help topics, and the source of four modules.
 
-    Experts are kept busy by the bias on their choice (chapter 6); no loss is added.
+    Each process makes them once.
     """
-    cfg = TrainConfig(
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = [folder / f"{name}.py" for name in ("argparse", "datetime", "inspect", "typing")]
+    source = load_text([path for path in paths if path.exists()])
+    return split(encode(load_text() + source, n_vocab))
+
+
+def training(size: Size, steps: int, lr: float, seed: int) -> TrainConfig:
+    """The schedule that every model has."""
+    return TrainConfig(
         steps=steps,
         batch_size=size.batch_size,
         seq_len=size.seq_len,
         lr=lr,
-        eval_every=max(1, steps // 6),
+        eval_every=max(1, steps // 10),
         eval_tokens=10 * size.seq_len * size.batch_size,
         seed=seed,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    size: Size
+    chapter: int
+    steps: int
+    lr: float
+    seed: int
+    device: str
+
+
+def fit(job: Job) -> dict:
+    """Trains a model; returns its held-out losses in nats a token, None if it diverged.
+
+    Experts are kept busy by the bias on their choice (chapter 6); no loss is added.
+    """
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    model = build(job.chapter, job.size, job.seed)
+    cfg = training(job.size, job.steps, job.lr, job.seed)
+    run = {"chapter": job.chapter, "seed": job.seed, "lr": job.lr, "final_val_loss": None}
     with RouterLog(model) as routers:
-        result = train(model, *text, cfg, extra_loss=routers.balance_by_bias)
-    return {
-        "seed": seed,
-        "lr": lr,
+        try:
+            result = train(
+                model,
+                *texts(job.size.n_vocab),
+                cfg,
+                device=job.device,
+                progress=False,
+                extra_loss=routers.balance_by_bias,
+            )
+        except FloatingPointError:
+            return run
+    return run | {
+        "final_val_loss": result.final_val_loss,
+        "final_train_loss": result.final_train_loss,
         "val_steps": result.val_steps,
         "val_losses": result.val_losses,
-        "final_val_loss": result.final_val_loss,
-        "tokens_per_s": result.tokens_per_s,
     }
 
 
-def search(chapter: int, text: tuple[Tensor, Tensor], size: Size) -> dict[float, float | None]:
-    """Held-out loss of a short run by its highest learning rate; None for one that diverged."""
-    losses: dict[float, float | None] = {}
-    for lr in size.lrs:
-        try:
-            short = fit(build(chapter, size, 0), text, size, size.search_steps, lr, seed=0)
-            losses[lr] = short["final_val_loss"]
-        except FloatingPointError:
-            losses[lr] = None
+@contextmanager
+def workers(n: int) -> Iterator[Callable[[Iterable[Job]], Iterator[dict]]]:
+    """A function that runs trainings, in n processes, and yields their records in order."""
+    if n == 1:
+        yield lambda jobs: map(fit, jobs)
+        return
+    with ProcessPoolExecutor(n, multiprocessing.get_context("spawn")) as pool:
+        yield lambda jobs: pool.map(fit, jobs)
+
+
+def search(
+    size: Size, device: str, run: Callable[[Iterable[Job]], Iterator[dict]]
+) -> dict[int, dict[float, float | None]]:
+    """Held-out losses of short runs by chapter and learning rate; None for one that diverged.
+
+    Where the best rate is the highest or lowest tried, the next one is tried as well.
+    """
+    losses: dict[int, dict[float, float | None]] = {chapter: {} for chapter in CHAPTERS}
+    wanted = [(chapter, lr) for chapter in CHAPTERS for lr in size.lrs]
+    while wanted:
+        jobs = [Job(size, chapter, size.search_steps, lr, 0, device) for chapter, lr in wanted]
+        for found in run(jobs):
+            losses[found["chapter"]][found["lr"]] = found["final_val_loss"]
+        wanted = [(chapter, lr) for chapter in CHAPTERS for lr in beyond(losses[chapter])]
     return losses
+
+
+def beyond(losses: dict[float, float | None]) -> list[float]:
+    """The rate past the best one, if that is the highest or the lowest tried; else none."""
+    lr = best(losses)
+    return [2 * lr] * (lr == max(losses)) + [lr / 2] * (lr == min(losses))
 
 
 def best(losses: dict[float, float | None]) -> float:
@@ -246,28 +327,54 @@ def best(losses: dict[float, float | None]) -> float:
     return min(finite, key=finite.__getitem__)
 
 
-@torch.no_grad()
-def decode_speeds(size: Size, device: torch.device, rounds: int = 5) -> dict[int, float]:
-    """Tokens a second that each chapter's model makes after a text of seq_len; medians.
+def speeds(size: Size, device: torch.device, rounds: int = 7) -> dict[int, dict[str, float]]:
+    """Tokens a second of each chapter's model in training, and in decoding after a text of seq_len.
 
-    The models take turns, so that what else the machine does falls on all alike.
+    Medians. The models take turns, so that what else the machine does falls on all alike.
     """
-    models = {chapter: build(chapter, size, 0).to(device).eval() for chapter in CHAPTERS}
-    text_1T = torch.randint(size.n_vocab, (1, size.seq_len), device=device)
-    seconds: dict[int, list[float]] = {chapter: [] for chapter in CHAPTERS}
+    seconds: dict[int, dict[str, list[float]]] = {c: {} for c in CHAPTERS}
+    cfg = training(size, rounds * size.n_timed_steps, 1e-4, seed=0)
+    models = {chapter: build(chapter, size, 0).to(device) for chapter in CHAPTERS}
+    train_tokens, _ = texts(size.n_vocab)
+    runs = {c: start_run(model.train(), train_tokens, cfg) for c, model in models.items()}
+    text_1T = train_tokens[None, : size.seq_len].to(device)
     for _ in range(rounds):
         for chapter, model in models.items():
-            cache = model.new_cache()
-            model(text_1T, cache, last_only=True)
-            wait(device)
-            start = time.perf_counter()
-            for _ in CHAPTERS[chapter][0].generate(
-                model, text_1T[:, -1:], size.n_decoded, cache=cache
-            ):
-                pass
-            wait(device)
-            seconds[chapter].append(time.perf_counter() - start)
-    return {c: size.n_decoded / statistics.median(times) for c, times in seconds.items()}
+
+            def learn(run: object = runs[chapter]) -> None:
+                for _ in range(size.n_timed_steps):
+                    train_step(run, train_tokens)
+
+            found = seconds[chapter]
+            found.setdefault("train", []).append(timed(learn, device))
+            found.setdefault("decode", []).append(decode_seconds(chapter, model, text_1T, size))
+    n_learnt = size.n_timed_steps * size.batch_size * size.seq_len
+    return {
+        chapter: {
+            "train_tokens_per_s": n_learnt / statistics.median(found["train"]),
+            "decode_tokens_per_s": size.n_decoded / statistics.median(found["decode"]),
+        }
+        for chapter, found in seconds.items()
+    }
+
+
+@torch.no_grad()
+def decode_seconds(chapter: int, model: nn.Module, text_1T: Tensor, size: Size) -> float:
+    """Seconds for n_decoded tokens after the text, whose reading is not counted."""
+    cache = model.new_cache()
+    model(text_1T, cache, last_only=True)
+    generate = CHAPTERS[chapter][0].generate
+    new = generate(model, text_1T[:, -1:], size.n_decoded, cache=cache)
+    return timed(lambda: list(new), text_1T.device)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
 
 
 def wait(device: torch.device) -> None:
@@ -283,42 +390,55 @@ def cache_bytes(model: nn.Module, n_tokens: int) -> int:
     return sum(layer.n_bytes() for layer in cache)
 
 
-def measure(size: Size, out: Path, device: torch.device, log: Callable[[str], None]) -> None:
-    """Everything, written to `out` after each trained model: a run that is stopped leaves much.
-
-    Seed by seed, and in a seed chapter by chapter: what the machine does meanwhile falls on all.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    paths = [folder / f"{name}.py" for name in ("argparse", "datetime", "inspect", "typing")]
-    source = load_text([path for path in paths if path.exists()])
-    text = split(encode(load_text() + source, size.n_vocab))
-    record = {
-        "environment": environment(device),
-        "settings": dataclasses.asdict(size) | {"tokens": sum(map(len, text))},
-        "chapters": {},
-        "runs": [],
-    }
-    for chapter, (_, name) in CHAPTERS.items():
-        model, losses = build(chapter, size, 0), search(chapter, text, size)
-        record["chapters"][chapter] = {
-            "name": name,
-            "n_parameters": n_parameters(model),
-            "n_active_parameters": n_active_parameters(model),
-            "cache_bytes": cache_bytes(model, size.seq_len),
-            "config": dataclasses.asdict(config(chapter, size)),
-            "search": losses,
-            "lr": best(losses),
+def measure(size: Size, out: Path, device: torch.device, n_jobs: int) -> None:
+    """Everything, written to `out` after each trained model: a run that is stopped leaves much."""
+    with workers(n_jobs) as run:
+        losses = search(size, str(device), run)
+        record = {
+            "environment": environment(device),
+            "settings": dataclasses.asdict(size) | {"tokens": sum(map(len, texts(size.n_vocab)))},
+            "chapters": {
+                chapter: describe(chapter, size) | {"search": found, "lr": best(found)}
+                for chapter, found in losses.items()
+            },
+            "runs": [],
         }
-        log(f"chapter {chapter}: {n_parameters(model):,} parameters, lr {best(losses)}")
-    for chapter, speed in decode_speeds(size, device).items():
-        record["chapters"][chapter]["decode_tokens_per_s"] = speed
-    for seed in range(size.n_seeds):
-        for chapter in CHAPTERS:
-            lr = record["chapters"][chapter]["lr"]
-            run = fit(build(chapter, size, seed), text, size, size.steps, lr, seed)
-            record["runs"].append({"chapter": chapter} | run)
+        for chapter, found in record["chapters"].items():
+            print(f"chapter {chapter}: {found['n_parameters']:,} parameters, lr {found['lr']:g}")
+        jobs = [
+            Job(size, chapter, size.steps, best(found), seed, str(device))
+            for seed in range(size.n_seeds)
+            for chapter, found in losses.items()
+        ]
+        for found in run(jobs):
+            record["runs"].append(found)
             save_json(out, record)
-            log(f"seed {seed}, chapter {chapter}: {run['final_val_loss']:.4f}")
+            loss = found["final_val_loss"]
+            if loss is None:
+                raise FloatingPointError(f"lr: {found['lr']}, chapter {found['chapter']} diverged")
+            print(f"seed {found['seed']}, chapter {found['chapter']}: {loss:.4f}", flush=True)
+    add_speeds(record, size, out, device)
+
+
+def describe(chapter: int, size: Size) -> dict:
+    """A model's sizes."""
+    model = build(chapter, size, 0)
+    return {
+        "name": CHAPTERS[chapter][1],
+        "n_parameters": n_parameters(model),
+        "n_active_parameters": n_active_parameters(model),
+        "cache_bytes": cache_bytes(model, size.seq_len),
+        "config": dataclasses.asdict(config(chapter, size)),
+    }
+
+
+def add_speeds(record: dict, size: Size, out: Path, device: torch.device) -> None:
+    """Measures the speeds and writes them into the record and to `out`."""
+    for chapter, found in speeds(size, device).items():
+        chapters = record["chapters"]  # keys are numbers here, and words in what JSON gives back
+        chapters[chapter if chapter in chapters else str(chapter)] |= found
+    record["speeds_environment"] = environment(device)
+    save_json(out, record)
 
 
 def summary(record: dict) -> list[dict]:
@@ -336,7 +456,7 @@ def summary(record: dict) -> list[dict]:
                 "n_parameters": chapter["n_parameters"],
                 "n_active_parameters": chapter["n_active_parameters"],
                 "cache_bytes_per_token": chapter["cache_bytes"] / record["settings"]["seq_len"],
-                "train_tokens_per_s": statistics.median(run["tokens_per_s"] for run in runs),
+                "train_tokens_per_s": chapter["train_tokens_per_s"],
                 "decode_tokens_per_s": chapter["decode_tokens_per_s"],
             }
         )
@@ -394,14 +514,22 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="laptop")
     parser.add_argument("--out", type=Path, help="default: lineage.json, or lineage_SIZE.json")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one here")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time; 1 on a GPU")
+    parser.add_argument("--speeds", action="store_true", help="measure only the speeds again")
     parser.add_argument("--plot", action="store_true", help="draw the file that is there")
     args = parser.parse_args()
     name = "lineage.json" if args.size == "laptop" else f"lineage_{args.size}.json"
     out = args.out or FOLDER / name
-    if args.plot and not out.exists():
+    if (args.plot or args.speeds) and not out.exists():
         parser.exit(2, f"error: {out}: not there, expected the record of an earlier run\n")
-    if not args.plot:
-        measure(SIZES[args.size], out, pick_device(args.device), print)
+    device = pick_device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if args.speeds:
+        record = json.loads(out.read_text(encoding="utf-8"))
+        add_speeds(record, SIZES[args.size], out, device)
+    elif not args.plot:
+        measure(SIZES[args.size], out, device, args.jobs if device.type == "cpu" else 1)
     rows = summary(json.loads(out.read_text(encoding="utf-8")))
     print_table(rows)
     draw(rows, out.with_suffix(".png"))

@@ -57,17 +57,48 @@ def test_active_parameters_by_hooks() -> None:
 def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the command: a record with every chapter, a table and a picture."""
     out = tmp_path / "lineage.json"
-    arguments = ["lineage", "--size", "smoke", "--out", str(out), "--device", "cpu"]
+    arguments = ["lineage", "--size", "smoke", "--out", str(out), "--device", "cpu", "--jobs", "1"]
     monkeypatch.setattr("sys.argv", arguments)
     lineage.main()
     record = json.loads(out.read_text(encoding="utf-8"))
     assert [run["chapter"] for run in record["runs"]] == list(CHAPTERS)
+    for chapter in record["chapters"].values():  # the best rate is not at the search's end
+        rates = [float(lr) for lr in chapter["search"]]
+        assert min(rates) < chapter["lr"] < max(rates)
+        assert chapter["lr"] == lineage.best({float(k): v for k, v in chapter["search"].items()})
     rows = lineage.summary(record)
     assert [row["chapter"] for row in rows] == list(CHAPTERS)
     by_chapter = {row["chapter"]: row for row in rows}
     bytes_of = {chapter: row["cache_bytes_per_token"] for chapter, row in by_chapter.items()}
     assert bytes_of[1] == bytes_of[2] > bytes_of[3] > bytes_of[4] == bytes_of[7]
     assert out.with_suffix(".png").stat().st_size > 10_000
+    for row in rows:  # what the file says, not what a table might make of it
+        losses = [
+            run["final_val_loss"] for run in record["runs"] if run["chapter"] == row["chapter"]
+        ]
+        assert row["losses"] == losses
+
+    monkeypatch.setattr("sys.argv", [*arguments, "--speeds"])
+    lineage.main()
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert again["runs"] == record["runs"]  # only the speeds are new
+    timed = ("train_tokens_per_s", "decode_tokens_per_s")
+    for key, chapter in record["chapters"].items():
+        assert all(again["chapters"][key][name] > 0 for name in timed)
+        assert (
+            chapter | {name: again["chapters"][key][name] for name in timed}
+            == (again["chapters"][key])
+        )
+
+
+def test_a_training_is_repeatable() -> None:
+    """Guards the record: the same job gives the same losses, whatever ran between."""
+    job = lineage.Job(SMOKE, 6, 3, 2e-3, 0, "cpu")
+    first = lineage.fit(job)
+    lineage.fit(lineage.Job(SMOKE, 7, 3, 2e-3, 1, "cpu"))
+    assert lineage.fit(job) == first
+    other = lineage.fit(lineage.Job(SMOKE, 6, 3, 2e-3, 1, "cpu"))
+    assert other["final_val_loss"] != first["final_val_loss"]
 
 
 def test_plot_without_a_record(
@@ -79,6 +110,14 @@ def test_plot_without_a_record(
         lineage.main()
     assert stop.value.code == 2
     assert "no.json: not there, expected the record" in capsys.readouterr().err
+
+
+def test_search_goes_on_past_its_end() -> None:
+    """Guards the search: a best rate at the end of what was tried is not taken for the best."""
+    assert lineage.beyond({1e-3: 3.0, 2e-3: 2.5, 4e-3: None}) == []
+    assert lineage.beyond({1e-3: 3.0, 2e-3: 2.5, 4e-3: 2.4}) == [8e-3]
+    assert lineage.beyond({1e-3: 2.0, 2e-3: 2.5}) == [5e-4]
+    assert lineage.beyond({1e-3: 2.0}) == [2e-3, 5e-4]
 
 
 def test_best_rate() -> None:
