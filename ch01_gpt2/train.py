@@ -436,6 +436,14 @@ def save_json(path: Path, record: dict) -> None:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def result_path(script: str, smoke: bool) -> Path:
+    """Where an experiment writes its record: beside the script.
+
+    A smoke run, which only shows that the script works, never takes the record's place.
+    """
+    return Path(script).with_suffix(".smoke.json" if smoke else ".json")
+
+
 def environment(device: torch.device) -> dict[str, str | int | bool]:
     """What a result depends on besides the code: the command, the versions and the machine."""
     return {

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ch01_gpt2 import gpt2
 from ch01_gpt2.data import encode, load_text, split
-from ch01_gpt2.train import TrainConfig, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, environment, result_path, save_json, train
 from ch02_rope import rope
 from ch02_rope.rope_scaling import (
     alibi_bias,
@@ -310,9 +310,9 @@ def mean_and_spread(losses: list[float | None]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: for a test")
-    default = Path(__file__).with_suffix(".json")
-    parser.add_argument("--out", type=Path, default=default, help="the JSON to write")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)  # more gain nothing at this size
     settings = SMOKE if args.smoke else Settings()
     tokens = encode(source_text(), settings.n_vocab)

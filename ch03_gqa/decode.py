@@ -23,7 +23,7 @@ from statistics import median
 
 import torch
 
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch03_gqa.gqa import Config, LayerCache, Transformer
 
 MODEL = Config(
@@ -132,8 +132,9 @@ def print_table(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows only that it runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     cfg, window, contexts, no_cache = MODEL, WINDOW, CONTEXTS, NO_CACHE_CONTEXTS
     if args.smoke:

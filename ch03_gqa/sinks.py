@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch08_full_models import llama3
 from ch08_full_models.checkpoint import fetch, load
 
@@ -146,8 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny random model")
     parser.add_argument("--model", default=MODEL, help="a Llama's name, folder or .gguf file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     if args.smoke:
         window, edges = 16, (0, 8, 16, 32, 64)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ch01_gpt2.data import encode, load_text, split
-from ch01_gpt2.train import TrainConfig, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, environment, result_path, save_json, train
 from ch03_gqa.gqa import Config, Transformer
 
 HOWS = ("mean", "first", "random")
@@ -134,8 +134,9 @@ def print_table(runs: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows only that it runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     cfg, original, uptraining, seeds = MODEL, ORIGINAL, UPTRAINING, (0, 1, 2)
     if args.smoke:

@@ -33,10 +33,9 @@ from torch import Tensor
 
 from ch01_gpt2.data import encode, load_text, split
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import TrainConfig, TrainResult, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, TrainResult, environment, result_path, save_json, train
 from ch04_mla.mla import Config, Transformer
 
-OUT = Path(__file__).with_name("compare.json")
 
 # What each kind changes in the model's config.
 KINDS: dict[str, dict[str, int | None]] = {
@@ -277,8 +276,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of each training")
     parser.add_argument("--resume", action="store_true", help="go on with the file at --out")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON to write")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)  # models this small gain nothing by more
     plan = SMOKE if args.smoke else Plan(steps=args.steps)
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.resume else None

@@ -27,7 +27,7 @@ from statistics import median
 import torch
 
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch04_mla.mla import Config, LatentAttention, causal_mask
 
 FORMS = ("expanded", "absorbed")
@@ -244,9 +244,9 @@ def print_tables(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
-    default = Path(__file__).with_name("cost.json")
-    parser.add_argument("--out", type=Path, default=default, help="the JSON to write")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     record = experiment(SMOKE if args.smoke else Plan())
     save_json(args.out, record)

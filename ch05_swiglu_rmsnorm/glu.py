@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ch01_gpt2.data import encode, load_text, split
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import TrainConfig, TrainResult, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, TrainResult, environment, result_path, save_json, train
 from ch04_mla.mla import LayerNorm
 from ch05_swiglu_rmsnorm import swiglu_rmsnorm
 from ch05_swiglu_rmsnorm.swiglu_rmsnorm import Config, Transformer
@@ -184,8 +184,9 @@ def print_table(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     for record in experiment(SMOKE if args.smoke else Plan()):
         save_json(args.out, record)

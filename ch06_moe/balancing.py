@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ch01_gpt2.data import decode, encode, in_order, load_text, split
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import TrainConfig, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, environment, result_path, save_json, train
 from ch06_moe.balance import RouterLog, z_loss
 from ch06_moe.moe import Config, Transformer
 
@@ -249,8 +249,9 @@ def experiment(cfg: Config, training: TrainConfig) -> Iterator[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     for record in experiment(*(SMOKE if args.smoke else (MODEL, TRAINING))):
         save_json(args.out, record)

@@ -41,6 +41,7 @@ from ch01_gpt2.train import (
     TrainConfig,
     TrainResult,
     environment,
+    result_path,
     save_json,
     start_run,
     train,
@@ -264,8 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of each training")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     plan = SMOKE if args.smoke else Plan(steps=args.steps)
     for record in experiment(plan):

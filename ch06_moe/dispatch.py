@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch06_moe.moe import Config, MoE
 
 
@@ -203,8 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--rounds", type=int, help=f"of each timing; default: {Plan.rounds}")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     plan = SMOKE if args.smoke else Plan()
     if args.rounds is not None:

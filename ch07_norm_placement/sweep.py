@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ch01_gpt2.data import encode, load_text, split
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import TrainConfig, environment, save_json, train
+from ch01_gpt2.train import TrainConfig, environment, result_path, save_json, train
 from ch07_norm_placement.norm_placement import Config
 from ch07_norm_placement.placements import PLACEMENTS, build
 
@@ -169,9 +169,10 @@ def print_table(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     torch.set_num_threads(1)
     for record in experiment(SMOKE if args.smoke else Plan(), args.jobs):
         save_json(args.out, record)

@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ch01_gpt2.train import result_path
+
 ROOT = Path(__file__).parent.parent
 TEST_COMMAND = "pip install -r requirements.txt && pytest"
 MAIN_COMMAND = 'pip install -r requirements.txt && python -m ch08_full_models "'  # then a prompt
@@ -273,3 +275,27 @@ def test_each_offence_is_seen(source: str) -> None:
 def test_what_is_allowed_is_not_an_offence(source: str) -> None:
     """Guards the guard: right code passes."""
     assert offences(source, may_compare=False) == []
+
+
+# What the experiments leave
+
+EXPERIMENTS = [
+    path
+    for path in PYTHON
+    if path.parent.name.startswith("ch0") and '"--smoke"' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=short)
+def test_a_smoke_run_never_takes_the_records_place(path: Path) -> None:
+    """Guards the committed results: without --out, a trial run writes to a name of its own."""
+    source = path.read_text(encoding="utf-8")
+    assert "result_path(__file__, args.smoke)" in source
+    assert not re.search(r'"--out"[^\n]*default=', source)
+
+
+def test_where_a_record_goes() -> None:
+    """Guards the rule above: two names for two kinds of run; git ignores the trial's."""
+    record, trial = result_path("a/b.py", smoke=False), result_path("a/b.py", smoke=True)
+    assert (record, trial) == (Path("a/b.json"), Path("a/b.smoke.json"))
+    assert "*.smoke.json" in text(".gitignore").splitlines()
