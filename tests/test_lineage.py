@@ -1,9 +1,9 @@
 """The diff between a file and its parent is the lesson: nothing else may differ.
 
-LINEAGE lists every file that holds a model, its parent, and the names that may differ from the
-parent's; every other name that both have must be equal to the letter. The lists are exact: a name
-listed as changed that did not change is a failure, too. Each check takes the folder and the table
-as arguments and returns complaints, so that the tests at the end can feed it files that drift.
+LINEAGE (lineage.py) lists every file that holds a model, its parent, and the names that may differ
+from the parent's; every other name that both have must be equal to the letter. The lists are exact:
+a name listed as changed that did not change is a failure, too. Each check takes the folder and the
+table as arguments and returns complaints, so that the last tests can feed it files that drift.
 """
 
 import ast
@@ -25,248 +25,13 @@ import nbformat
 import pytest
 import torch
 
+from tests.lineage import DEEPSEEK, GPT2, LINEAGE, LLAMA3, MOE, NORMS, Entry
 from tests.shapes import axes, check_shapes, suffix_names
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = 100
 DEMO_SECONDS = 300  # only against a hang: a demo takes seconds, but machines and their load differ
 
-
-@dataclasses.dataclass(frozen=True)
-class Kin:
-    """What may differ from another file."""
-
-    changed: frozenset[str]  # names that both have and whose text differs; methods as Class.method
-    budget: int  # lines of the whole diff, - and + together
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A file of the lineage: what it comes from, and how to run it small."""
-
-    kin: dict[str, Kin]  # by file: first the parent, then others that it is compared with, too
-    small: Callable[[ModuleType], list]  # Configs that turn every part on; all axes unequal
-    sizes: dict[str, int]  # axis letters with one size in all functions (`rope` has H and J as H)
-
-    @property
-    def parent(self) -> str | None:
-        return next(iter(self.kin), None)
-
-
-def names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-GPT2, ROPE, GQA = "ch01_gpt2/gpt2.py", "ch02_rope/rope.py", "ch03_gqa/gqa.py"
-MLA, SWIGLU = "ch04_mla/mla.py", "ch05_swiglu_rmsnorm/swiglu_rmsnorm.py"
-MOE, NORMS = "ch06_moe/moe.py", "ch07_norm_placement/norm_placement.py"
-LLAMA3, GEMMA3 = "ch08_full_models/llama3.py", "ch08_full_models/gemma3.py"
-SMALL = dict(vocab_size=50, n_layers=2, d_model=26, d_ff=34)
-
-
-def small_mla(module: ModuleType) -> list:
-    latent = module.Config(
-        **SMALL,
-        n_heads=8,
-        n_kv_heads=2,
-        head_dim=10,
-        windows=(6, None),
-        d_latent=18,
-        d_q_latent=22,
-        d_rope=4,
-        d_value=12,
-    )
-    if hasattr(latent, "n_experts"):
-        latent = dataclasses.replace(latent, n_experts=5, n_active=3, n_shared=2, d_expert=14)
-    straight = dataclasses.replace(latent, d_q_latent=None)
-    grouped = dataclasses.replace(latent, d_latent=None)
-    return [latent, straight, grouped]
-
-
-def small_llama3(module: ModuleType) -> list:
-    return [
-        module.Config(
-            vocab_size=50,
-            max_seq_len=40,
-            n_layers=2,
-            d_model=26,
-            n_heads=8,
-            n_kv_heads=2,
-            head_dim=10,
-            windows=(6, None),
-            d_ff=34,
-            qkv_bias=True,
-            rope_scaling=module.RopeScaling(8.0, 1.0, 4.0, 32),
-            tied=False,
-        )
-    ]
-
-
-def small_gemma3(module: ModuleType) -> list:
-    gemma_3 = module.Config(
-        vocab_size=50,
-        max_seq_len=40,
-        n_layers=2,
-        d_model=26,
-        n_heads=8,
-        n_kv_heads=2,
-        head_dim=10,
-        windows=(6, None),
-        d_ff=34,
-        rope_factor=8.0,
-    )
-    return [gemma_3, dataclasses.replace(gemma_3, qk_norm=False, attn_cap=50.0, logit_cap=30.0)]
-
-
-def small_norms(module: ModuleType) -> list:
-    placed = zip(small_mla(module), ("in", "out", "both"), strict=True)
-    grouped = [dataclasses.replace(cfg, norm_at=place) for cfg, place in placed]
-    return [*grouped, dataclasses.replace(grouped[-1], qk_norm="full")]
-
-
-LINEAGE = {
-    GPT2: Entry(
-        kin={},
-        small=lambda module: [module.Config(**SMALL, max_seq_len=40, n_heads=4, head_dim=10)],
-        sizes={"D": 26, "H": 4, "K": 10, "V": 50},
-    ),
-    ROPE: Entry(
-        kin={
-            GPT2: Kin(
-                names(
-                    """
-                    Config Attention.forward Block.forward Transformer.__init__ Transformer.forward
-                    main
-                    """
-                ),
-                budget=210,
-            )
-        },
-        small=lambda module: [module.Config(**SMALL, n_heads=4, head_dim=10)],
-        sizes={"D": 26, "H": 4, "K": 10, "P": 5, "V": 50},
-    ),
-    GQA: Entry(
-        kin={
-            ROPE: Kin(
-                names(
-                    """
-                    Config LayerCache LayerCache.__init__ LayerCache.append causal_mask attend
-                    Attention Attention.__init__ Attention.forward Block.__init__
-                    Transformer.__init__ Transformer.new_cache main
-                    """
-                ),
-                budget=120,
-            )
-        },
-        small=lambda module: [
-            module.Config(**SMALL, n_heads=8, n_kv_heads=2, head_dim=10, windows=(6, None))
-        ],
-        sizes={"D": 26, "J": 2, "K": 10, "P": 5, "V": 50},
-    ),
-    MLA: Entry(
-        kin={
-            GQA: Kin(
-                names(
-                    """
-                    Config attend Block.__init__ Transformer.forward main
-                    """
-                ),
-                budget=140,
-            )
-        },
-        small=small_mla,
-        sizes={"D": 26, "V": 50},
-    ),
-    SWIGLU: Entry(
-        kin={
-            MLA: Kin(
-                names(
-                    """
-                    Config LatentAttention.__init__ MLP MLP.__init__ MLP.forward Block.__init__
-                    Transformer.__init__ main
-                    """
-                ),
-                budget=70,
-            )
-        },
-        small=small_mla,
-        sizes={"D": 26, "V": 50},
-    ),
-    MOE: Entry(
-        kin={
-            SWIGLU: Kin(
-                names(
-                    """
-                    Config Block.__init__ main
-                    """
-                ),
-                budget=70,
-            )
-        },
-        small=small_mla,
-        sizes={"D": 26, "V": 50},
-    ),
-    NORMS: Entry(
-        kin={
-            MOE: Kin(
-                names(
-                    """
-                    Config Attention.__init__ Attention.forward Block Block.__init__ Block.forward
-                    main
-                    """
-                ),
-                budget=80,
-            )
-        },
-        small=small_norms,
-        sizes={"D": 26, "V": 50},
-    ),
-    LLAMA3: Entry(
-        kin={
-            NORMS: Kin(
-                names(
-                    """
-                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
-                    rope_frequencies attend Attention.__init__ Attention.forward MLP.__init__ Block
-                    Block.__init__ Block.forward Transformer Transformer.__init__
-                    Transformer.forward main
-                    """
-                ),
-                budget=500,
-            )
-        },
-        small=small_llama3,
-        sizes={"D": 26, "J": 2, "K": 10, "P": 5, "V": 50},
-    ),
-    GEMMA3: Entry(
-        kin={
-            NORMS: Kin(
-                names(
-                    """
-                    Config LayerCache LayerCache.__init__ LayerCache.append LayerCache.n_bytes
-                    rope_frequencies attend Attention.__init__ Attention.forward MLP MLP.__init__
-                    MLP.forward RMSNorm RMSNorm.__init__ RMSNorm.forward Block Block.__init__
-                    Transformer.forward main
-                    """
-                ),
-                budget=560,
-            ),
-            LLAMA3: Kin(
-                names(
-                    """
-                    Config rope_frequencies Attention.__init__ Attention.forward MLP MLP.forward
-                    RMSNorm RMSNorm.__init__ RMSNorm.forward Block Block.__init__ Block.forward
-                    Transformer Transformer.__init__ Transformer.forward
-                    HF_NAMES rope_config config_from_hf convert load_weights
-                    """
-                ),
-                budget=280,
-            ),
-        },
-        small=small_gemma3,
-        sizes={"D": 26, "J": 2, "G": 4, "K": 10, "P": 5, "V": 50},
-    ),
-}
 
 LOADS_CHECKPOINTS = ("ch01", "ch08")
 HELPERS = ("exercises.py", "my_")  # files beside a chapter's own that may hold its classes, too
@@ -535,20 +300,22 @@ def test_parameters_have_the_agreed_names(file: str) -> None:
     module = load(ROOT / file)
     models = [module.Transformer(cfg) for cfg in LINEAGE[file].small(module)]
     attention = r"attn\.([qkvo]_proj|(q|kv)_[ab]_proj|\w+_norm)"
-    network = r"mlp\.((experts\.\d+\.|shared\.)?(gate|up|down)_proj|router)"
+    network = r"mlp\.((experts\.\d+\.|shared\.)?(gate|up|down)_proj|router|shared\.out_gate)"
     norms = r"(attn|mlp)_(out_)?norm"
     stem = r"embed|pos_embed|norm|head"
     known = rf"({stem}|blocks\.\d+\.({attention}|{network}|{norms}))\.(weight|bias)|.*choice_bias"
     found = list(dict.fromkeys(name for model in models for name, _ in model.named_parameters()))
     assert [name for name in found if not re.fullmatch(known, name)] == []
     projections = {part for name in found for part in name.split(".") if part.endswith("_proj")}
-    assert {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} <= projections
+    keys = {"kv_a_proj", "kv_b_proj"} if file == DEEPSEEK else {"k_proj", "v_proj"}
+    assert {"q_proj", "o_proj", "up_proj", "down_proj"} | keys <= projections
     if file.startswith("ch08"):
         names = module.HF_NAMES
         patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "{}", name) for name in found}
         assert patterns - names.keys() == set()
-        ours = {k.split(".")[-2] for k in names if "_proj." in k}
-        assert ours == {v.split(".")[-2] for v in names.values() if "_proj." in v}
+        for name, theirs in names.items():  # Mixtral's files call projections w1, w2 and w3
+            theirs = theirs.replace("_with_mqa", "").split(".")[-2]
+            assert not theirs.endswith("_proj") or name.split(".")[-2] == theirs
 
 
 def parameters(function: Callable) -> str:
