@@ -823,9 +823,10 @@ def dequantized(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
         if len(parts) == 2:
             del waiting[stem]
             try:
-                yield stem, dequantize(parts[stem], parts[f"{stem}_scale_inv"])
+                whole = dequantize(parts[stem], parts[f"{stem}_scale_inv"])
             except ValueError as err:
                 raise ValueError(f"{stem}_scale_inv: {err}") from err
+            yield stem, whole
     for stem, parts in waiting.items():
         lacking = stem if stem not in parts else f"{stem}_scale_inv"
         raise KeyError(f"the checkpoint has no {lacking} (for {next(iter(parts))})")
@@ -938,9 +939,9 @@ def main() -> None:
             start = time.perf_counter()
             outputs.append(form(*parts))
             times.append(1000 * (time.perf_counter() - start))
-    n_heads_keep = cfg.n_heads * (sum(attn.q_widths) + cfg.d_value)
+    n_mha = cfg.n_heads * (sum(attn.q_widths) + cfg.d_value)
     difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
-    print(f"a layer keeps {sum(attn.cache_widths)} numbers a token; all heads: {n_heads_keep:,}")
+    print(f"a layer keeps {sum(attn.cache_widths)} numbers a token; all heads would {n_mha:,}")
     print(f"one token looks at {n_seen:,}, milliseconds: expanded {times[0]:.1f}, ", end="")
     print(f"absorbed {times[1]:.1f}; they differ by {difference:.0e} of the largest value")
 

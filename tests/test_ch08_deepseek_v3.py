@@ -736,6 +736,9 @@ def test_decoding_in_bfloat16_is_as_good_as_transformers(tmp_path: Path) -> None
 def test_gradients_equal_transformers(name: str, form: str) -> None:
     """Guards training, to 1e-4 of the largest of each tensor: no part is cut off from the loss."""
     hf = reference_of(CASES[name], scale=1.0)
+    for module in hf.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias *= 0.1  # every expert gets some tokens
     model = force(loaded(hf), form)
     tokens_BT = torch.randint(97, (3, 40))
     for logits_BTV in (model(tokens_BT), hf(tokens_BT, use_cache=False).logits):
@@ -743,11 +746,7 @@ def test_gradients_equal_transformers(name: str, form: str) -> None:
     theirs = deepseek_v3.convert({name: p.grad for name, p in hf.named_parameters()})
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
-    assert sum(grad is None for grad in ours.values()) < 0.1 * len(ours)
     for key, grad in ours.items():
-        if grad is None:  # an expert that no token went to
-            assert "experts" in key and not theirs[key].any()
-            continue
         assert grad.isfinite().all() and grad.any(), key
         assert (grad - theirs[key]).abs().max() < 1e-4 * theirs[key].abs().max(), key
 
