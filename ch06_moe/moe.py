@@ -439,6 +439,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.prompt or args.n_new < 1 or args.temperature < 0:
+        parser.exit(2, "error: expected a --prompt, --n-new from 1 on, --temperature from 0 on\n")
     torch.manual_seed(args.seed)
     model, prompt = Transformer(Config()).eval(), list(args.prompt.encode())
     tokens_1T = torch.tensor([prompt])

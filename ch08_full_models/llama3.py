@@ -391,10 +391,12 @@ def rope_config(hf: dict) -> tuple[float, dict]:
 
 
 def config_from_hf(hf: dict) -> Config:
-    """The Config that a checkpoint's config.json describes.
+    """The Config that a checkpoint's config.json describes; of a multimodal one, the text part.
 
     Raises KeyError for a key that is not there, ValueError for one this file cannot run.
     """
+    tied = hf.get("tie_word_embeddings")  # a multimodal file says it beside its text part
+    hf = hf.get("text_config", hf)
     for key, value in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if hf.get(key, value) != value:
             raise ValueError(f"{key} is {hf[key]!r}, only {value!r} can be run")
@@ -431,15 +433,19 @@ def config_from_hf(hf: dict) -> Config:
             high_freq_factor=scaling["high_freq_factor"],
             original_len=scaling["original_max_position_embeddings"],
         ),
-        tied=hf.get("tie_word_embeddings", False),
+        tied=hf.get("tie_word_embeddings", False) if tied is None else tied,
     )
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under our names; rotary tables of old files are left out."""
+    """The checkpoint's tensors under our names; no rotary tables of old files, no vision tower."""
     ours = {theirs: name for name, theirs in HF_NAMES.items()}
-    kept = {k: w for k, w in weights.items() if not k.endswith("rotary_emb.inv_freq")}
-    return {rename(name, ours): w for name, w in kept.items()}
+    out = {}
+    for name, w in weights.items():
+        if not re.search(r"rotary_emb|vision_tower|multi_modal_projector", name):
+            name = name.removeprefix("language_model.")
+            out[rename(name.replace("model.language_model.", "model.", 1), ours)] = w
+    return out
 
 
 @torch.no_grad()
@@ -488,6 +494,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.prompt or args.n_new < 1 or args.temperature < 0:
+        parser.exit(2, "error: expected a --prompt, --n-new from 1 on, --temperature from 0 on\n")
     torch.manual_seed(args.seed)
     if args.weights:
         from tokenizers import Tokenizer
@@ -502,7 +510,7 @@ def main() -> None:
     text = prompt + [int(token) for token in new]
 
     n_params = sum(p.numel() for p in model.parameters())
-    n_bytes = sum(layer.n_bytes() for layer in cache) // cache[0].n_seen
+    n_bytes = sum(layer.n_bytes() // layer.buffers[0].shape[1] for layer in cache)
     print(f"{n_params:,} parameters; the cache takes {n_bytes:,} bytes a token in float32")
     print(tokenizer.decode(text) if args.weights else f"random weights, random tokens: {text}")
 

@@ -596,6 +596,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.prompt or args.n_new < 1 or args.temperature < 0:
+        parser.exit(2, "error: expected a --prompt, --n-new from 1 on, --temperature from 0 on\n")
     torch.manual_seed(args.seed)
     if args.weights:
         from tokenizers import Tokenizer
@@ -622,7 +624,7 @@ def main() -> None:
     text = prompt + [int(token) for token in new]
 
     n_params = sum(p.numel() for p in model.parameters())
-    n_bytes = sum(layer.n_bytes() for layer in cache) // cache[0].n_seen
+    n_bytes = sum(layer.n_bytes() // layer.buffers[0].shape[1] for layer in cache)
     print(f"{n_params:,} parameters; the cache takes {n_bytes:,} bytes a token in float32")
     print(tokenizer.decode(text) if args.weights else f"random weights, random tokens: {text}")
 

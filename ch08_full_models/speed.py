@@ -29,12 +29,13 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale_N1", scale_N1.to(linear.weight.dtype))
         self.bias = linear.bias
 
+    @property
     def weight(self) -> Tensor:
         """The matrix in floats, (N, D)."""
         return self.int_ND.to(self.scale_N1.dtype) * self.scale_N1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Int4Linear(nn.Module):
@@ -55,13 +56,14 @@ class Int4Linear(nn.Module):
         self.register_buffer("step_NG1", step_NG1.to(linear.weight.dtype))
         self.bias = linear.bias
 
+    @property
     def weight(self) -> Tensor:
         """The matrix in floats, (N, D)."""
         int_NGC = torch.cat((self.pair_NGC & 15, self.pair_NGC >> 4), dim=2)
         return (int_NGC.to(self.low_NG1.dtype) * self.step_NG1 + self.low_NG1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 KINDS = {"int8": Int8Linear, "int4": Int4Linear}

@@ -1,9 +1,11 @@
 """Weights as integers: what they cost in accuracy and what they save in bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ch08_full_models import gemma3, llama3
+from ch08_full_models import deepseek_v3, gemma3, llama3
 from ch08_full_models.speed import quantize, weight_bytes
 
 SMALL = {"vocab_size": 211, "n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2}
@@ -30,11 +32,11 @@ def test_each_weight_is_within_half_a_step(family, kind, levels):
         module = model.blocks.get_submodule(name.removesuffix(".weight"))
         if kind == "int8":
             step = 2 * w.abs().amax(dim=1, keepdim=True) / levels
-            error = (module.weight() - w).abs() / step
+            error = (module.weight - w).abs() / step
         else:
             groups = w.unflatten(1, (-1, 32))
             step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / levels
-            error = (module.weight() - w).abs().unflatten(1, (-1, 32)) / step
+            error = (module.weight - w).abs().unflatten(1, (-1, 32)) / step
         assert 0.2 < error.max() <= 0.5001  # rounded, and to the nearest
 
 
@@ -61,3 +63,23 @@ def test_a_kind_that_is_not_there_and_a_width_that_does_not_divide():
     odd = llama3.Transformer(llama3.Config(**SMALL | {"d_model": 48}, head_dim=16, d_ff=96))
     with pytest.raises(ValueError, match="width 48, not a multiple of 32"):
         quantize(odd, "int4")
+
+
+def test_latent_attention_and_experts_too():
+    """Guards what is read besides being called: kv_b_proj in the absorbed form, and the router."""
+    torch.manual_seed(0)
+    sizes = {key: SMALL[key] for key in ("vocab_size", "n_layers", "d_model", "n_heads")}
+    cfg = deepseek_v3.Config(
+        **sizes, head_dim=32, d_latent=64, d_rope=16, d_value=32, d_ff=96, d_expert=64, n_experts=6
+    )
+    model = deepseek_v3.Transformer(replace(cfg, n_active=2)).eval()
+    tokens_BT = torch.randint(0, 211, (2, 12))
+
+    def read() -> torch.Tensor:
+        cache = model.new_cache()
+        return torch.cat([model(part, cache) for part in tokens_BT.split((9, 1, 1, 1), 1)], dim=1)
+
+    with torch.no_grad():
+        before = read()
+        quantize(model, "int8")
+        assert 0 < (read() - before).norm() / before.norm() < 0.05

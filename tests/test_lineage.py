@@ -359,6 +359,23 @@ def test_runs_alone(file: str, alone: dict[str, Future]) -> None:
     assert re.search(r"[\d,]+ parameters", done.stdout)
 
 
+@each_file
+@pytest.mark.parametrize(
+    "wrong", [["--n-new", "0"], ["--prompt", ""], ["--temperature", "-1"]], ids=lambda w: w[0]
+)
+def test_wrong_arguments_are_one_line(
+    file: str, wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Guards what a hurried person types: exit code 2 and a line, before any model is built."""
+    module = load(ROOT / file)
+    monkeypatch.setattr("sys.argv", [file, *wrong])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.fullmatch(r"error: .*\n", printed.err)
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ch0*/*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_computes_its_diff(path: Path) -> None:
     """Guards rule 5: a diff in a notebook comes from the files, since a pasted one goes stale."""
