@@ -273,7 +273,7 @@ def show_list() -> None:
     head, *rows = table()
     memory, lines = memory_bytes(), [(*head, "fits")]
     for row, model in zip(rows, MODELS.values(), strict=True):
-        fits = memory and 1.15 * 2 * model.parameters < memory  # bfloat16, and room to work in
+        fits = memory and 1.15 * model.memory_bytes < memory  # and room to work in
         lines.append((*row, "?" if memory is None else "yes" if fits else "no"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

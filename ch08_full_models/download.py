@@ -32,6 +32,7 @@ from pathlib import Path
 
 HUB = "huggingface.co"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CACHE_TOKENS = 4096  # the text whose cache counts as memory that a model needs
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 
 
@@ -71,10 +72,22 @@ class Model:
     hub_id: str
     instruct: bool  # trained to answer; a base model only continues a text
     source: str
-    parameters: int  # computed from config, as is the next
-    download_bytes: int  # from the Hub: 2 bytes a parameter (GPT-2: 4), vision parts included
+    parameters: int  # computed from config, as are the next two
+    download_bytes: int  # from the Hub; with vision parts, and whatever else the files hold
+    cache_bytes: int  # of a text of CACHE_TOKENS, or of the longest the model was made for
     config: dict  # what its config.json says, in Hugging Face's keys
     wheel: Wheel | None = None
+    unverified: tuple[str, ...] = ()  # keys of config that only one source gave
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the model takes in the dtype it was published in, FP8 unpacked, with its cache."""
+        return itemsize(self.config) * self.parameters + self.cache_bytes
+
+
+def itemsize(config: dict) -> int:
+    """Bytes of a number in the dtype that config.json names."""
+    return 4 if config.get("torch_dtype") == "float32" else 2
 
 
 def read_models() -> dict[str, Model]:
@@ -133,7 +146,8 @@ def unknown(name: str) -> str:
 
 def table() -> list[tuple[str, ...]]:
     """A row of text for every model, after a row of headings."""
-    rows = [("name", "family", "kind", "parameters", "download", "bf16", "f32", "source", "cached")]
+    memory = f"memory at {CACHE_TOKENS:,} tokens"
+    rows = [("name", "family", "kind", "parameters", "download", memory, "source", "cached")]
     for name, model in MODELS.items():
         wheel, download = model.wheel, size(model.download_bytes)
         if wheel:
@@ -145,8 +159,7 @@ def table() -> list[tuple[str, ...]]:
                 "instruct" if model.instruct else "base",
                 f"{model.parameters:,}",
                 download,
-                size(2 * model.parameters),  # memory that the weights take
-                size(4 * model.parameters),
+                size(model.memory_bytes),
                 model.source,
                 "yes" if find(model.hub_id, wheel) else "no",
             )

