@@ -113,7 +113,18 @@ def build_parser() -> Parser:
         help="the same seed, the same text (default: %(default)s)",
     )
     add("--raw", action="store_true", help="continue the text, without a chat template")
+    add(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="let the model think first, where its chat template knows of that (default: its own)",
+    )
     add("--quantize", choices=("int8", "int4"), help="keep the layers' weights in fewer bits")
+    add(
+        "--memory",
+        metavar="GB",
+        type=number(float, sys.float_info.min, 1e6, "a number above 0"),
+        help="what weights may take, in 1e9 bytes; the rest is read from disk when it is needed",
+    )
     add(
         "--device",
         metavar="D",
@@ -354,7 +365,8 @@ def run(args: argparse.Namespace) -> None:
         from ch08_full_models.speed import weight_bytes
 
         start = time.perf_counter()
-        model, tokenizer = load(path, args.dtype, args.device, args.quantize)
+        memory = None if args.memory is None else round(args.memory * 1e9)
+        model, tokenizer = load(path, args.dtype, args.device, args.quantize, memory)
         load_s = time.perf_counter() - start
     finally:
         say(" " * len(notice), end="\r" if notice else "")
@@ -367,7 +379,8 @@ def run(args: argparse.Namespace) -> None:
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
     def new_chat() -> Chat:
-        return Chat(model, meter.generate, tokenizer, args.max_new_tokens, **sampling)
+        options = sampling | {"thinking": args.thinking}
+        return Chat(model, meter.generate, tokenizer, args.max_new_tokens, **options)
 
     if prompt is None:
         chat = converse(new_chat, args.model, raw)
@@ -387,6 +400,7 @@ def run(args: argparse.Namespace) -> None:
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
             "quantize": args.quantize,
+            "bytes_read_late": model.disk.n_bytes_read if getattr(model, "disk", None) else 0,
             "threads": torch.get_num_threads(),
         }
         say(json.dumps(stats))

@@ -21,8 +21,9 @@ may be smaller.
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ch08_full_models import offload
 from ch08_full_models.download import (
     INDEX,
     MODELS,
@@ -87,19 +89,28 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantize: str | None = None,
+    memory: int | None = None,
+    mtp: bool = False,
 ) -> tuple[nn.Module, Tokenizer | None]:
     """A model ready to generate, and its Tokenizer, or None if the folder has none.
 
     name is what fetch takes. dtype is float32, bfloat16 or float16; by default the checkpoint's
     own, and for a .gguf float32. device is by default cuda, mps or cpu, whichever is there.
-    quantize is "int8" or "int4". Raises CheckpointError for what cannot be found, read or built.
+    quantize is "int8" or "int4". memory: bytes that the weights of a folder may take; what is over
+    that stays on disk until it is called (offload.py), and model.disk counts how often it is read.
+    mtp: with the module for multi-token prediction (deepseek_v3.py). Raises CheckpointError for
+    what cannot be found, read or built.
     """
     if quantize not in (None, "int8", "int4"):
         raise CheckpointError(f"quantize is {quantize!r}, expected 'int8' or 'int4'")
+    if quantize and memory is not None:
+        raise CheckpointError("quantize needs all weights in memory, so it goes without `memory`")
     dtype, device = to_dtype(dtype, "dtype") if dtype else None, pick_device(device)
     path = fetch(name)
     if path.is_dir():
-        model, tokenizer = load_folder(path, dtype, device)
+        model, tokenizer = load_folder(path, dtype, device, memory, mtp)
+    elif memory is not None or mtp:
+        raise CheckpointError(f"{path}: expected a folder, for `memory` and `mtp`")
     elif path.suffix.lower() == ".gguf":
         model, tokenizer = load_gguf(path, dtype, device)
     else:
@@ -115,18 +126,29 @@ def load(
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype | None, device: torch.device
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    memory: int | None = None,
+    mtp: bool = False,
 ) -> tuple[nn.Module, Tokenizer | None]:
-    """Model and tokenizer of a Hugging Face folder."""
+    """Model and tokenizer of a Hugging Face folder; model.disk reads what is not in memory."""
     where = folder / "config.json"
     hf = read_json(where)
     family = find_family(hf, where)
     stored = join_scales(read_folder(folder), hf, where)
-    model = build(family, hf, where, dtype or checkpoint_dtype(hf, where, stored))
+    model = build(family, hf, where, dtype or checkpoint_dtype(hf, where, stored), mtp)
     moves = plan(model, family, stored)
     files = {t.name: t.file for t in stored}
     fill(model, family, ((move.stored.name, move.probe) for move in moves), files, folder)
-    read_into(allocate(model, where, device), family, moves)
+    try:
+        waiting, budget = ([], 0) if memory is None else offload.choose(model, memory)
+    except ValueError as err:
+        raise CheckpointError(f"{folder}: {one_line(err)}") from err
+    late = places(model, family, moves, device) if waiting else {}
+    allocate(model, where, device, waiting)
+    read_into(model, family, moves)
+    model.disk = offload.leave(model, waiting, late, budget) if waiting else None
     return model, from_folder(folder)
 
 
@@ -192,16 +214,19 @@ class NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build(family: ModuleType, hf: dict, where: Path, dtype: torch.dtype) -> nn.Module:
+def build(
+    family: ModuleType, hf: dict, where: Path, dtype: torch.dtype, mtp: bool = False
+) -> nn.Module:
     """The model that config.json describes, laid out without memory. Raises CheckpointError.
 
     Its hf_config is what config.json says; export.py writes it again.
     """
+    n_mtp = {"n_mtp": 1} if mtp else {}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"), NoInit():
-            model = family.Transformer(family.config_from_hf(hf))
+            model = family.Transformer(replace(family.config_from_hf(hf), **n_mtp))
     except KeyError as err:
         raise CheckpointError(f"{where}: {one_line(err)} is missing") from err
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as err:
@@ -212,10 +237,19 @@ def build(family: ModuleType, hf: dict, where: Path, dtype: torch.dtype) -> nn.M
     return model
 
 
-def allocate(model: nn.Module, where: Path, device: torch.device) -> nn.Module:
-    """The model itself, with memory for its weights. Raises CheckpointError if there is none."""
+def allocate(
+    model: nn.Module, where: Path, device: torch.device, waiting: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """The model itself, with memory for its weights but for parts that wait on disk.
+
+    Raises CheckpointError if there is none.
+    """
+    without = {module for part in waiting for module in part.modules()}
     try:
-        return model.to_empty(device=device)
+        for module in model.modules():
+            if module not in without:
+                module.to_empty(device=device, recurse=False)
+        return model
     except RuntimeError as err:
         what = f"no room for the model on {device}: {one_line(err)}"
         raise CheckpointError(f"{where}: {what}") from err
@@ -451,21 +485,50 @@ def plan(model: nn.Module, family: ModuleType, stored: list[Stored]) -> list[Mov
     return moves
 
 
-@torch.no_grad()
 def read_into(model: nn.Module, family: ModuleType, moves: list[Move]) -> None:
     """Reads the tensors one by one into the model, whose names and shapes fit.
+
+    Parameters without memory are left as they are.
+    """
+    params = {name: p for name, p in model.named_parameters() if not p.is_meta}
+    for move in moves:
+        parts = {name: w for name, w in move.parts.items() if name in params}
+        if parts:
+            read_move(family, replace(move, parts=parts), params)
+
+
+@torch.no_grad()
+def read_move(family: ModuleType, move: Move, params: dict[str, Tensor]) -> None:
+    """Reads one tensor into the parameters that it has parts for.
 
     A parameter that is the stored tensor, or a view of it, is read straight into its place. So not
     even an embedding that is half of the model, or a layer's experts in one tensor, is held twice.
     """
+    t, probe, parts = move.stored, move.probe, move.parts
+    whole = [name for name, part in parts.items() if part is probe]
+    if t.scale and whole:
+        t.read_blocks(params[whole[0]])
+    elif not t.scale and all(part is probe or part._base is probe for part in parts.values()):
+        t.read_parts([(part, params[name]) for name, part in parts.items()])
+    else:
+        for name, w in family.convert({t.name: t.read()}).items():
+            if name in parts:
+                params[name].copy_(w)
+
+
+def places(
+    model: nn.Module, family: ModuleType, moves: list[Move], device: torch.device
+) -> dict[str, offload.Place]:
+    """How to read each parameter by itself, and its size."""
     params = dict(model.named_parameters())
-    for t, probe, parts in ((move.stored, move.probe, move.parts) for move in moves):
-        whole = [name for name, part in parts.items() if part is probe]
-        if t.scale and whole:
-            t.read_blocks(params[whole[0]])
-        elif not t.scale and all(part is probe or part._base is probe for part in parts.values()):
-            t.read_parts([(part, params[name]) for name, part in parts.items()])
-        else:
-            for name, w in family.convert({t.name: t.read()}).items():
-                if name in params:
-                    params[name].copy_(w)
+
+    def read(move: Move, name: str, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(move.parts[name].shape, dtype=dtype, device=device)
+        read_move(family, replace(move, parts={name: move.parts[name]}), {name: out})
+        return out
+
+    return {
+        name: offload.Place(partial(read, move, name, params[name].dtype), params[name].nbytes)
+        for move in moves
+        for name in move.parts
+    }

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ch08_full_models import __main__ as cli
-from ch08_full_models import checkpoint, llama3
+from ch08_full_models import chat, checkpoint, llama3
 from ch08_full_models.checkpoint import MODELS, load
 from tests.test_ch08_chat import SMOLLM2, write_tokenizer
 
@@ -103,6 +103,30 @@ def test_a_prompt_gets_the_chat_template(folder: Path, run: Run) -> None:
     expected = tokenizer.decode(continuation(folder, ids, 20))
     argv = ["Why?", "--model", folder, "--max-new-tokens", 20, "--device", "cpu"]
     assert run(*argv) == (0, expected + "\n", "")
+
+
+def test_memory_is_a_limit(folder: Path, run: Run) -> None:
+    """Guards --memory: enough changes nothing, too little is one line."""
+    argv = ["Why is the", "--raw", "--model", folder, "--max-new-tokens", 8, "--device", "cpu"]
+    code, out, err = run(*argv, "--memory", 0.5, "--stats")
+    assert (code, out) == run(*argv)[:2]
+    assert json.loads(err)["bytes_read_late"] == 0
+    code, out, err = run(*argv, "--memory", 1e-6)
+    assert (code, out) == (2, "") and "memory is 1,000 bytes, expected" in err
+    assert err.count("\n") == 1
+
+
+def test_thinking_reaches_the_template(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards --thinking and --no-thinking; without either, the template decides."""
+    given = []
+    monkeypatch.setattr(
+        chat, "find_template", lambda _, thinking: given.append(thinking) or chat.chatml
+    )
+    for options in ([], ["--thinking"], ["--no-thinking"]):
+        assert run("Why?", "--model", folder, "--max-new-tokens", 2, *options)[0] == 0
+    assert list(dict.fromkeys(given)) == [None, True, False]
 
 
 @pytest.mark.parametrize("stdin", ["Grüße 🌆", "Grüße 🌆\n", "\ufeffGrüße 🌆\r\n"])
