@@ -72,6 +72,10 @@ FAMILIES = {  # model_type in config.json: the module that builds it
     "kimi_k2": "ch08_full_models.deepseek_v3",
     "youtu": "ch08_full_models.deepseek_v3",
 }
+NOT_RUN = {  # model_type: why not
+    kind: "its layers read embeddings of their own and share caches, which no file here does"
+    for kind in ("gemma3n", "gemma3n_text")
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {
     "F64": torch.float64,
@@ -193,6 +197,8 @@ def find_family(hf: dict, where: Path) -> ModuleType:
     text = hf.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None  # of a multimodal model
     for kind in (hf.get("model_type"), inner or hf.get("model_type")):
+        if isinstance(kind, str) and kind in NOT_RUN:
+            raise CheckpointError(f"{where}: model_type {kind!r} cannot be run: {NOT_RUN[kind]}")
         if not isinstance(kind, str) or kind not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise CheckpointError(f"{where}: model_type is {kind!r}, expected one of {known}")

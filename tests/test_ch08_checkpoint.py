@@ -779,6 +779,7 @@ def test_json_that_makes_no_sense(file: str, content: str, copy_sharded: Path) -
     ("key", "value", "expected"),
     [
         ("model_type", "mamba", "'mamba'"),
+        ("model_type", "gemma3n", "cannot be run: its layers read embeddings"),
         ("model_type", None, "llama"),
         ("model_type", ["llama"], "llama"),
         ("hidden_act", "relu", "hidden_act"),
