@@ -7,7 +7,8 @@ warm-up beyond a twentieth of the steps, since warm-up is what hides the differe
 
 With gradients clipped, few losses leave the range of numbers: a model that a high learning rate
 has broken goes on to learn how often each byte occurs, and no more. So the record has the loss of
-just that, "unigram_loss", and a run that ends no lower has failed.
+just that, "unigram_loss", and a run that ends no lower has failed: it is broken, or, with a low
+learning rate, not yet there.
 
     python -m ch07_norm_placement.sweep            about 30 minutes on two cores; writes sweep.json
     python -m ch07_norm_placement.sweep --smoke    the same in seconds, with losses that say nothing
@@ -45,6 +46,8 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
+
+MARGIN = 0.02  # nats a byte
 
 SMOKE = Plan(n_layers=1, d_model=32, steps=3, batch_size=2, seq_len=16, eval_tokens=64,
              seeds=(0,), lrs=(1e-3, 1e2))  # fmt: skip
@@ -141,9 +144,13 @@ def experiment(plan: Plan, n_jobs: int) -> Iterator[dict]:
 
 
 def failed(run: dict, record: dict) -> bool:
-    """Whether a run ended with no number, or no lower than the bytes' frequencies alone give."""
+    """Whether a run ended with no number, or no lower than the bytes' frequencies alone give.
+
+    A broken model ends a little below them at times, by less than MARGIN; one that learns does not
+    stay there.
+    """
     loss = run["final_val_loss"]
-    return loss is None or loss >= record["unigram_loss"]
+    return loss is None or loss > record["unigram_loss"] - MARGIN
 
 
 def print_table(record: dict) -> None:

@@ -1,15 +1,13 @@
 """Placements of the norms against blocks written by hand, soft caps against their formula."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ch07_norm_placement import placements, sweep
+from ch07_norm_placement import placements
 from ch07_norm_placement.norm_placement import Config, Transformer
 from ch07_norm_placement.placements import PLACEMENTS, build, stream_sizes
 from tests.parity import TOLERANCE, brute_force_attention, mutant
@@ -162,14 +160,3 @@ def test_stream_grows_where_outputs_are_normed() -> None:
     assert all(len(found) == CFG.n_layers + 1 for found in sizes.values())
     assert sizes["sandwich"][-1] > 10 * sizes["pre"][-1]
     assert math.isclose(sizes["post"][-1], 1, rel_tol=0.05)
-
-
-def test_sweep_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the schema that the notebook plots; a rate far too high has no loss."""
-    out = tmp_path / "sweep.json"
-    monkeypatch.setattr("sys.argv", ["sweep", "--smoke", "--out", str(out)])
-    sweep.main()
-    record = json.loads(out.read_text(encoding="utf-8"))
-    assert {(run["placement"], run["qk_norm"]) for run in record["runs"]} == set(sweep.kinds())
-    for run in record["runs"]:
-        assert (run["final_val_loss"] is None) == (run["lr"] == 100)
