@@ -2,6 +2,7 @@
 
     python -m ch08_full_models.lineage                  under an hour on two cores: lineage.json
     python -m ch08_full_models.lineage --size gpu       larger, for a GPU: lineage_gpu.json
+    python -m ch08_full_models.lineage --quiet          adds chapter 7 with quiet output norms
     python -m ch08_full_models.lineage --speeds         measures the speeds again, a few minutes
     python -m ch08_full_models.lineage --plot           draws lineage.png from lineage.json
 
@@ -10,6 +11,10 @@ what a change adds or takes away. All see the same tokens in the same order unde
 the highest learning rate is chosen for each by a search on shorter runs, which goes on upwards or
 downwards for as long as its end is its best. Chapter 6's model has most of its parameters idle at
 any one token, so equal parameters mean less work a token, not equal work.
+
+Quiet output norms: chapter 7's norms on outputs have weights of one, so each half adds a vector of
+size one to embeddings of size 0.02, in which the tokens' identity drowns. With --quiet the weights
+start at 0.02, too. It is the same model with another start, trained and searched like the others.
 
 Losses do not depend on what else the machine does, speeds do: so these are measured apart, on one
 thread, all models by turns.
@@ -51,6 +56,7 @@ from ch06_moe.balance import RouterLog
 from ch07_norm_placement import norm_placement
 
 FOLDER = Path(__file__).parent
+QUIET = 0.02  # the standard deviation of the embeddings, before training
 CHAPTERS = {
     1: (gpt2, "GPT-2"),
     2: (rope, "rotary positions"),
@@ -254,6 +260,7 @@ class Job:
     lr: float
     seed: int
     device: str
+    gain: float = 1.0  # what weights of norms on outputs start at
 
 
 def fit(job: Job) -> dict:
@@ -264,6 +271,10 @@ def fit(job: Job) -> dict:
     if job.device == "cpu":
         torch.set_num_threads(1)
     model = build(job.chapter, job.size, job.seed)
+    if job.gain != 1:
+        for name, param in model.named_parameters():
+            if "_out_norm" in name:
+                nn.init.constant_(param, job.gain)
     cfg = training(job.size, job.steps, job.lr, job.seed)
     run = {"chapter": job.chapter, "seed": job.seed, "lr": job.lr, "final_val_loss": None}
     with RouterLog(model) as routers:
@@ -297,19 +308,23 @@ def workers(n: int) -> Iterator[Callable[[Iterable[Job]], Iterator[dict]]]:
 
 
 def search(
-    size: Size, device: str, run: Callable[[Iterable[Job]], Iterator[dict]]
+    size: Size,
+    device: str,
+    run: Callable[[Iterable[Job]], Iterator[dict]],
+    chapters: Iterable[int] = tuple(CHAPTERS),
+    gain: float = 1.0,
 ) -> dict[int, dict[float, float | None]]:
     """Held-out losses of short runs by chapter and learning rate; None for one that diverged.
 
     Where the best rate is the highest or lowest tried, the next one is tried as well.
     """
-    losses: dict[int, dict[float, float | None]] = {chapter: {} for chapter in CHAPTERS}
-    wanted = [(chapter, lr) for chapter in CHAPTERS for lr in size.lrs]
+    losses: dict[int, dict[float, float | None]] = {chapter: {} for chapter in chapters}
+    wanted = [(chapter, lr) for chapter in losses for lr in size.lrs]
     while wanted:
-        jobs = [Job(size, chapter, size.search_steps, lr, 0, device) for chapter, lr in wanted]
+        jobs = [Job(size, c, size.search_steps, lr, 0, device, gain) for c, lr in wanted]
         for found in run(jobs):
             losses[found["chapter"]][found["lr"]] = found["final_val_loss"]
-        wanted = [(chapter, lr) for chapter in CHAPTERS for lr in beyond(losses[chapter])]
+        wanted = [(chapter, lr) for chapter in losses for lr in beyond(losses[chapter])]
     return losses
 
 
@@ -420,6 +435,16 @@ def measure(size: Size, out: Path, device: torch.device, n_jobs: int) -> None:
     add_speeds(record, size, out, device)
 
 
+def measure_quiet(record: dict, size: Size, out: Path, device: torch.device, n_jobs: int) -> None:
+    """Adds chapter 7's model with quiet output norms to the record, and writes it to `out`."""
+    with workers(n_jobs) as run:
+        [(chapter, losses)] = search(size, str(device), run, (7,), QUIET).items()
+        lr, seeds = best(losses), range(size.n_seeds)
+        jobs = [Job(size, chapter, size.steps, lr, seed, str(device), QUIET) for seed in seeds]
+        record["quiet"] = {"gain": QUIET, "search": losses, "lr": lr, "runs": list(run(jobs))}
+    save_json(out, record)
+
+
 def describe(chapter: int, size: Size) -> dict:
     """A model's sizes."""
     model = build(chapter, size, 0)
@@ -444,13 +469,20 @@ def add_speeds(record: dict, size: Size, out: Path, device: torch.device) -> Non
 def summary(record: dict) -> list[dict]:
     """A row a chapter: loss over the seeds, and what the model costs."""
     rows = []
-    for number, chapter in record["chapters"].items():
-        runs = [run for run in record["runs"] if run["chapter"] == int(number)]
+    kinds = [
+        (number, chapter["name"], [run for run in record["runs"] if run["chapter"] == int(number)])
+        for number, chapter in record["chapters"].items()
+    ]
+    if "quiet" in record:  # as large and as fast
+        number, name, _ = kinds[-1]
+        kinds.append((number, f"{name}, quiet", record["quiet"]["runs"]))
+    for number, name, runs in kinds:
+        chapter = record["chapters"][number]
         losses = [run["final_val_loss"] for run in runs]
         rows.append(
             {
                 "chapter": int(number),
-                "name": chapter["name"],
+                "name": name,
                 "losses": losses,
                 "loss": statistics.mean(losses),
                 "n_parameters": chapter["n_parameters"],
@@ -490,12 +522,12 @@ def draw(rows: list[dict], path: Path) -> None:
         ("decoding (tokens a second)", "decode_tokens_per_s", RED),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), sharey=True)
-    places = [row["chapter"] for row in rows]
+    places = range(len(rows))
     for ax, (title, key, colour) in zip(axes, panels, strict=True):
         values = [row[key] for row in rows]
         if key == "loss":
-            for row in rows:
-                ax.plot(row["losses"], [row["chapter"]] * len(row["losses"]), "o", color=GREY, ms=4)
+            for place, row in zip(places, rows, strict=True):
+                ax.plot(row["losses"], [place] * len(row["losses"]), "o", color=GREY, ms=4)
             ax.plot(values, places, "D-", color=colour, lw=1, ms=5)
         else:
             ax.barh(places, values, color=colour, height=0.6)
@@ -515,21 +547,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: lineage.json, or lineage_SIZE.json")
     parser.add_argument("--device", help="cpu, cuda or mps; default: the best one here")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time; 1 on a GPU")
+    parser.add_argument("--quiet", action="store_true", help="add chapter 7 with quiet norms")
     parser.add_argument("--speeds", action="store_true", help="measure only the speeds again")
     parser.add_argument("--plot", action="store_true", help="draw the file that is there")
     args = parser.parse_args()
     name = "lineage.json" if args.size == "laptop" else f"lineage_{args.size}.json"
     out = args.out or FOLDER / name
-    if (args.plot or args.speeds) and not out.exists():
+    if (args.plot or args.speeds or args.quiet) and not out.exists():
         parser.exit(2, f"error: {out}: not there, expected the record of an earlier run\n")
     device = pick_device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    if args.speeds:
+    size, n_jobs = SIZES[args.size], args.jobs if device.type == "cpu" else 1
+    if args.speeds or args.quiet:
         record = json.loads(out.read_text(encoding="utf-8"))
-        add_speeds(record, SIZES[args.size], out, device)
+        if args.quiet:
+            measure_quiet(record, size, out, device, n_jobs)
+        if args.speeds:
+            add_speeds(record, size, out, device)
     elif not args.plot:
-        measure(SIZES[args.size], out, device, args.jobs if device.type == "cpu" else 1)
+        measure(size, out, device, n_jobs)
     rows = summary(json.loads(out.read_text(encoding="utf-8")))
     print_table(rows)
     draw(rows, out.with_suffix(".png"))
