@@ -3,7 +3,8 @@
     model, tokenizer = load("path/to/folder", memory=6 << 30)    # bytes that weights may take
 
 Of a mixture of experts, a token needs a few experts a layer: the rest can wait on disk. All other
-weights stay in memory, and what is left of it keeps the experts that were used last. As soon as a
+weights stay in memory, and what is left of it keeps the experts that were used last, about as many
+of each layer: the least recently used of all would be those of the next layer, always. As soon as a
 layer's router has chosen, all the experts it chose are being read, while the first ones work.
 
 A dense model needs all of its weights for every token. As many layers as fit stay in memory; the
@@ -14,7 +15,7 @@ The model's code knows nothing of this. A part that waits on disk is an ordinary
 parameters have no memory ("meta") but for the time of a call.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,14 +47,18 @@ class Disk:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.places: dict[nn.Module, dict[str, Place]] = {}
+        self.group: dict[nn.Module, str] = {}
         self.held: OrderedDict[nn.Module, Future] = OrderedDict()  # least recently used first
         self.n_calls = self.n_reads = self.n_bytes_read = 0
         self.lock = RLock()
         self.readers = ThreadPoolExecutor(READERS, "read")
 
-    def add(self, part: nn.Module, places: dict[str, Place]) -> None:
-        """Leaves a part on disk; places has each of its parameters by name."""
-        self.places[part] = places
+    def add(self, part: nn.Module, places: dict[str, Place], group: str) -> None:
+        """Leaves a part on disk; places has each of its parameters by name.
+
+        Groups share the budget evenly.
+        """
+        self.places[part], self.group[part] = places, group
         part.register_forward_pre_hook(self.fill)
         part.register_forward_hook(self.empty, always_call=True)  # after an error, too
 
@@ -74,16 +79,18 @@ class Disk:
 
         Those that are in memory count as used.
         """
+        room, wanted = self.budget, []
+        for part in parts:
+            room -= self.size(part)
+            if room < 0:
+                break
+            wanted.append(part)
         with self.lock:
-            room = self.budget
-            for part in parts:
-                room -= self.size(part)
-                if room < 0:
-                    return
-                self.want(part)
+            for part in wanted:
+                self.want(part, wanted)
 
-    def want(self, part: nn.Module) -> Future:
-        """The part, in memory or on its way; what was used longest ago makes room for it."""
+    def want(self, part: nn.Module, wanted: Sequence[nn.Module] = ()) -> Future:
+        """The part, in memory or on its way. Others make room for it, but not those wanted, too."""
         with self.lock:
             if part in self.held and failed(self.held[part]):
                 del self.held[part]  # tried again
@@ -91,11 +98,18 @@ class Disk:
                 self.held.move_to_end(part)
                 return self.held[part]
             while self.held and self.n_bytes() + self.size(part) > self.budget:
-                self.held.popitem(last=False)
+                del self.held[self.least_needed(part, wanted)]
             self.n_reads += 1
             self.n_bytes_read += self.size(part)
             self.held[part] = self.readers.submit(self.read, part)
             return self.held[part]
+
+    def least_needed(self, part: nn.Module, wanted: Sequence[nn.Module]) -> nn.Module:
+        """Of the group that holds most, the part that was used longest ago."""
+        mine, others = self.group[part], [p for p in self.held if p not in wanted]
+        held = Counter(map(self.group.get, others))
+        largest = max(held, key=lambda group: (held[group], group == mine))
+        return next(p for p in others if self.group[p] == largest)
 
     def fill(self, part: nn.Module, _: tuple) -> None:
         """Before a call: puts the part's parameters into it."""
@@ -157,7 +171,8 @@ def leave(model: nn.Module, parts: list[nn.Module], places: dict[str, Place], bu
     for prefix, module in model.named_modules():
         if module in waiting:
             names = (name for name, _ in module.named_parameters())
-            disk.add(module, {name: places[f"{prefix}.{name}"] for name in names})
+            late = {name: places[f"{prefix}.{name}"] for name in names}
+            disk.add(module, late, group=prefix.rpartition(".")[0])
     foresee(model, disk)
     return disk
 

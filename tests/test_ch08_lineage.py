@@ -90,6 +90,27 @@ def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             == (again["chapters"][key])
         )
 
+    monkeypatch.setattr("sys.argv", [*arguments, "--quiet"])
+    lineage.main()
+    with_quiet = json.loads(out.read_text(encoding="utf-8"))
+    assert with_quiet["runs"] == record["runs"]
+    *before, loud, quiet = lineage.summary(with_quiet)
+    assert [row["chapter"] for row in (*before, loud)] == list(CHAPTERS)
+    assert quiet["name"] == loud["name"] + ", quiet"
+    assert quiet["losses"] == [run["final_val_loss"] for run in with_quiet["quiet"]["runs"]]
+    assert quiet["losses"] != loud["losses"]
+
+
+def test_quiet_is_the_start_of_the_output_norms() -> None:
+    """Guards the variant: chapter 7 starts elsewhere, and a model without these norms does not."""
+    losses = {
+        (chapter, gain): lineage.fit(lineage.Job(SMOKE, chapter, 2, 1e-3, 0, "cpu", gain))
+        for chapter in (6, 7)
+        for gain in (1.0, lineage.QUIET)
+    }
+    assert losses[6, 1.0] == losses[6, lineage.QUIET]
+    assert losses[7, 1.0]["val_losses"][0] != losses[7, lineage.QUIET]["val_losses"][0]
+
 
 def test_a_training_is_repeatable() -> None:
     """Guards the record: the same job gives the same losses, whatever ran between."""

@@ -138,6 +138,23 @@ def test_what_was_used_last_is_not_read_again(folder: Path) -> None:
     assert small.disk.n_calls == 2 * first
 
 
+@pytest.mark.parametrize("folder", [k for k in CONFIGS if k != "llama"], indirect=True)
+def test_each_layer_keeps_its_share(folder: Path) -> None:
+    """Guards against keeping just what the next layers do not need: less room than one token's
+    experts take all together, and still some of them are there when it comes again."""
+    whole, _ = load(folder, dtype="float32", device="cpu")
+    layers = [m for m in whole.modules() if hasattr(m, "experts")]
+    n_called = sum(layer.n_active for layer in layers)
+    n_room = max(n_called - 1, layers[0].n_active + 1 if layers[0].n_active > 1 else 1)
+    small, _ = load(folder, dtype="float32", device="cpu", memory=tight(whole, n_room))
+    with torch.no_grad():
+        small(TOKENS_BT[:1, :1])
+        first = small.disk.n_reads
+        small(TOKENS_BT[:1, :1])
+    assert first == n_called
+    assert small.disk.n_reads - first <= len(layers)  # with the oldest thrown out: n_called again
+
+
 def test_chosen_experts_are_read_ahead(folder: Path) -> None:
     """Guards prefetching: a part is on its way before it is called."""
     whole, _ = load(folder, dtype="float32", device="cpu")
