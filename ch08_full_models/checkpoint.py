@@ -149,10 +149,10 @@ def load_folder(
         waiting, budget = ([], 0) if memory is None else offload.choose(model, memory)
     except ValueError as err:
         raise CheckpointError(f"{folder}: {one_line(err)}") from err
-    late = places(model, family, moves, device) if waiting else {}
+    late = places(model, family, moves) if waiting else {}
     allocate(model, where, device, waiting)
     read_into(model, family, moves)
-    model.disk = offload.leave(model, waiting, late, budget) if waiting else None
+    model.disk = offload.leave(model, waiting, late, budget, device) if waiting else None
     return model, from_folder(folder)
 
 
@@ -522,19 +522,15 @@ def read_move(family: ModuleType, move: Move, params: dict[str, Tensor]) -> None
                 params[name].copy_(w)
 
 
-def places(
-    model: nn.Module, family: ModuleType, moves: list[Move], device: torch.device
-) -> dict[str, offload.Place]:
-    """How to read each parameter by itself, and its size."""
+def places(model: nn.Module, family: ModuleType, moves: list[Move]) -> dict[str, offload.Place]:
+    """How to read each parameter by itself."""
     params = dict(model.named_parameters())
 
-    def read(move: Move, name: str, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(move.parts[name].shape, dtype=dtype, device=device)
+    def read_to(move: Move, name: str, out: Tensor) -> None:
         read_move(family, replace(move, parts={name: move.parts[name]}), {name: out})
-        return out
 
     return {
-        name: offload.Place(partial(read, move, name, params[name].dtype), params[name].nbytes)
+        name: offload.Place(partial(read_to, move, name), params[name])
         for move in moves
         for name in move.parts
     }

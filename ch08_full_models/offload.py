@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -32,8 +33,12 @@ READERS = 4  # threads that read
 class Place:
     """Where a parameter lies on disk."""
 
-    read: Callable[[], Tensor]
-    n_bytes: int  # in memory
+    read_to: Callable[[Tensor], None]
+    like: Tensor  # of its shape and dtype, without memory
+
+    def new(self, device: torch.device) -> Tensor:
+        """Memory for it."""
+        return torch.empty_like(self.like, device=device)
 
 
 class Disk:
@@ -44,11 +49,12 @@ class Disk:
     n_bytes_read what it came to.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, device: torch.device) -> None:
+        self.budget, self.device = budget, device
         self.places: dict[nn.Module, dict[str, Place]] = {}
         self.group: dict[nn.Module, str] = {}
         self.held: OrderedDict[nn.Module, Future] = OrderedDict()  # least recently used first
+        self.free: dict[tuple, list[Tensor]] = {}  # by shape and dtype, to be used again
         self.n_calls = self.n_reads = self.n_bytes_read = 0
         self.lock = RLock()
         self.readers = ThreadPoolExecutor(READERS, "read")
@@ -64,15 +70,25 @@ class Disk:
 
     def size(self, part: nn.Module) -> int:
         """Bytes that a part takes in memory."""
-        return sum(place.n_bytes for place in self.places[part].values())
+        return sum(place.like.nbytes for place in self.places[part].values())
 
     def n_bytes(self) -> int:
         """Bytes of the parts that are in memory or on their way."""
         return sum(map(self.size, self.held))
 
     def read(self, part: nn.Module) -> dict[str, Tensor]:
-        """A part's parameters by name, read now."""
-        return {name: place.read() for name, place in self.places[part].items()}
+        """A part's parameters by name, read now.
+
+        Into memory that a part of the same shape gave up, where there is some: giving it back to
+        the system and asking for it anew leaves holes, a gigabyte of them in all.
+        """
+        tensors = {}
+        for name, place in self.places[part].items():
+            with self.lock:
+                free = self.free.get((place.like.shape, place.like.dtype))
+                tensors[name] = free.pop() if free else place.new(self.device)
+            place.read_to(tensors[name])
+        return tensors
 
     def prefetch(self, parts: Iterable[nn.Module]) -> None:
         """Begins to read parts, in order, as far as the budget goes without giving up one of them.
@@ -98,11 +114,18 @@ class Disk:
                 self.held.move_to_end(part)
                 return self.held[part]
             while self.held and self.n_bytes() + self.size(part) > self.budget:
-                del self.held[self.least_needed(part, wanted)]
+                self.give_up(self.least_needed(part, wanted))
             self.n_reads += 1
             self.n_bytes_read += self.size(part)
             self.held[part] = self.readers.submit(self.read, part)
             return self.held[part]
+
+    def give_up(self, part: nn.Module) -> None:
+        """Forgets a part that is in memory."""
+        future = self.held.pop(part)
+        if future.done() and not failed(future):
+            for tensor in future.result().values():
+                self.free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
 
     def least_needed(self, part: nn.Module, wanted: Sequence[nn.Module]) -> nn.Module:
         """Of the group that holds most, the part that was used longest ago."""
@@ -162,12 +185,18 @@ def n_bytes(module: nn.Module) -> int:
     return sum(param.nbytes for param in module.parameters())
 
 
-def leave(model: nn.Module, parts: list[nn.Module], places: dict[str, Place], budget: int) -> Disk:
+def leave(
+    model: nn.Module,
+    parts: list[nn.Module],
+    places: dict[str, Place],
+    budget: int,
+    device: torch.device,
+) -> Disk:
     """Leaves these parts of a model on disk; places has each of their parameters by its full name.
 
     Returns what reads them from now on.
     """
-    disk, waiting = Disk(budget), set(parts)
+    disk, waiting = Disk(budget, device), set(parts)
     for prefix, module in model.named_modules():
         if module in waiting:
             names = (name for name, _ in module.named_parameters())
