@@ -232,7 +232,11 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"), NoInit():
-            model = family.Transformer(replace(family.config_from_hf(hf), **n_mtp))
+            cfg = family.config_from_hf(hf)
+            if mtp and not hasattr(cfg, "n_mtp"):
+                what = f"{family.__name__.rpartition('.')[2]} has no multi-token prediction"
+                raise ValueError(what)
+            model = family.Transformer(replace(cfg, **n_mtp))
     except KeyError as err:
         raise CheckpointError(f"{where}: {one_line(err)} is missing") from err
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as err:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     YoutuConfig,
@@ -29,7 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MLP, 
 
 from ch02_rope import rope_scaling
 from ch06_moe import routers
-from ch08_full_models import deepseek_v3
+from ch08_full_models import checkpoint, deepseek_v3
 from tests.parity import (
     TOLERANCE,
     assert_equal,
@@ -884,6 +885,32 @@ def test_multi_token_prediction_is_left_out(tmp_path: Path) -> None:
     model = deepseek_v3.load_folder(mtp_folder(tmp_path, hf, mtp))
     assert len(model.blocks) == 2 == len(model.new_cache())
     assert_equal(model, hf, n=24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loader_brings_it_when_asked(fused: bool, tmp_path: Path) -> None:
+    """Guards load(mtp=True), with all weights in memory and with experts left on disk."""
+    hf, mtp = mtp_reference(MTP_CASES["V3"])
+    folder = mtp_folder(tmp_path, hf, mtp, fused)
+    whole, _ = checkpoint.load(folder, dtype="float32", device="cpu", mtp=True)
+    n_bytes = sum(p.nbytes for p in whole.parameters())
+    small, _ = checkpoint.load(folder, "float32", "cpu", memory=n_bytes - 1, mtp=True)
+    assert small.disk is not None
+    for model in (whole, small):
+        assert len(model.blocks) == 3
+        assert not {way: e for way, e in mtp_errors(model, hf, mtp) if not e < TOLERANCE}
+    plain, _ = checkpoint.load(folder, dtype="float32", device="cpu")
+    assert len(plain.blocks) == 2
+
+
+def test_a_family_without_it_says_so(tmp_path: Path) -> None:
+    """Guards load(mtp=True) on another model: one line, before anything is read."""
+    config = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=1)
+    hf = AutoModelForCausalLM.from_config(LlamaConfig(**config, num_attention_heads=4))
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="llama3 has no multi-token prediction"):
+        checkpoint.load(tmp_path, device="cpu", mtp=True)
 
 
 @torch.no_grad()
