@@ -36,7 +36,6 @@ from ch01_gpt2.notebook import table
 from ch01_gpt2.train import TrainConfig, TrainResult, environment, result_path, save_json, train
 from ch04_mla.mla import Config, Transformer
 
-
 # What each kind changes in the model's config.
 KINDS: dict[str, dict[str, int | None]] = {
     "mha": {"d_latent": None, "n_kv_heads": 8},
