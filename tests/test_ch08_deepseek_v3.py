@@ -189,7 +189,7 @@ def drawn(seed: int) -> PretrainedConfig:
     return kind(**changes)
 
 
-CASES |= {f"drawn {seed}": drawn(seed) for seed in range(12)}
+CASES |= {f"drawn {seed}": drawn(seed) for seed in range(20)}
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     scale = 1.0 if "drawn" in name else 2.0  # large heads and weights make rounding large
     hf = reference_of(CASES[name], len(name), scale, below_zero(name))
     many = len(name) % 2 == 0
-    hf.save_pretrained(tmp_path, max_shard_size="20KB" if many else "1GB")
+    hf.save_pretrained(tmp_path, max_shard_size="4KB" if many else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == many
     model = deepseek_v3.load_folder(tmp_path)
     assert_equal(model, hf, seed=len(name))

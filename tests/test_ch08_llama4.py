@@ -143,7 +143,7 @@ def drawn(seed: int) -> Llama4TextConfig:
     return Llama4TextConfig(**SIZES | changes)
 
 
-CASES |= {f"drawn {seed}": drawn(seed) for seed in range(14)}
+CASES |= {f"drawn {seed}": drawn(seed) for seed in range(20)}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -91,7 +91,7 @@ def drawn(seed: int) -> MixtralConfig:
     )
 
 
-CASES |= {f"drawn {seed}": drawn(seed) for seed in range(12)}
+CASES |= {f"drawn {seed}": drawn(seed) for seed in range(20)}
 
 
 @pytest.mark.parametrize("name", CASES)
