@@ -1,0 +1,70 @@
+"""`check` in a notebook: finds the cell that holds the answer, and judges it as the commands do."""
+
+import ast
+import sys
+
+from tests.exercise import ROOT, Exercise, ExerciseError, chapter_folder, definition, find, load
+
+
+def check_cells(name: str, must_pass: bool = False) -> None:
+    """Prints how the exercise went, or each of a chapter's that has been defined.
+
+    Raises AssertionError with the same text if must_pass, and it is not right; ExerciseError for
+    an unknown name.
+    """
+    from tests.checking import check_here, report
+    from tests.handout import oracle_for
+
+    cells, names = notebook_cells()
+    try:
+        exercises = [find(name, ROOT)]
+    except ExerciseError:
+        if not name.startswith(("ch", *"12345678")):
+            raise
+        exercises = [e for e in load(chapter_folder(name)) if e.target.split(".")[0] in names]
+    lines, passed = [], True
+    for exercise in exercises:
+        source = last_definition(cells, exercise)
+        if source is None:
+            lines.append(f"{exercise.name}: no cell has defined {exercise.target}; run yours first")
+            passed = False
+            continue
+        result = check_here(oracle_for(exercise), source, "your cell", names)
+        lines += report(result)
+        passed = passed and result.passed
+    if must_pass and not passed:
+        raise AssertionError("\n".join(lines))
+    print("\n".join(lines))
+
+
+def notebook_cells() -> tuple[list[str], dict[str, object]]:
+    """The cells run so far, oldest first, and what they have defined.
+
+    Outside a notebook: the text of the script, and its globals.
+    """
+    main = sys.modules["__main__"]
+    if "IPython" in sys.modules:
+        from IPython import get_ipython
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        shell = get_ipython()
+        if shell is not None:
+            plain = TransformerManager().transform_cell
+            return [plain(cell) for cell in shell.user_ns.get("In", [])], shell.user_ns
+    file = getattr(main, "__file__", None)
+    if file is None:
+        raise ExerciseError("check: found no notebook and no script to read the answer from")
+    with open(file, encoding="utf-8") as script:
+        return [script.read()], vars(main)
+
+
+def last_definition(cells: list[str], exercise: Exercise) -> str | None:
+    """The last cell that defines the exercise's target; None if none does."""
+    for cell in reversed(cells):
+        try:
+            tree = ast.parse(cell)
+        except SyntaxError:
+            continue
+        if definition(tree.body, exercise.target) is not None:
+            return cell
+    return None
