@@ -152,10 +152,10 @@ def write_stubs(chapter: str | None, root: Path = ROOT) -> int:
     """Writes exercises.py and the notebook's exercises anew, of one chapter or of all."""
     from tests.cells import exercise_cells, write_into
 
-    for chapter in [chapter_folder(chapter, root)] if chapter else chapter_folders(root):
-        (root / chapter / "exercises.py").write_text(stubs(chapter, root), encoding="utf-8")
-        notebook = root / chapter / f"{chapter.split('_', 1)[1]}.ipynb"
-        write_into(notebook, exercise_cells(chapter, root))
+    for folder in [chapter_folder(chapter, root)] if chapter else chapter_folders(root):
+        (root / folder / "exercises.py").write_text(stubs(folder, root), encoding="utf-8")
+        notebook = root / folder / f"{folder.split('_', 1)[1]}.ipynb"
+        write_into(notebook, exercise_cells(folder, root))
     return 0
 
 
