@@ -69,14 +69,19 @@ def with_variants(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # Imported late: `hint` needs no torch, and none of these needs the others.
-    if args.command == "release":
-        from tests.release import release
+    try:
+        if args.command == "release":
+            from tests.release import release
 
-        return release(args)
-    if args.command == "grade":
-        from tests.grade import grade
+            return release(args)
+        if args.command == "grade":
+            from tests.grade import grade
 
-        return grade(args)
+            return grade(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tests."):
+            raise ExerciseError(f"{args.command}: this folder holds no solutions") from None
+        raise
     from tests import learn
 
     if args.command == "learn":

@@ -55,7 +55,7 @@ def text_of(exercise: Exercise, number: int, variant: bool = False) -> str:
     if exercise.forbidden:
         names = ", ".join(f"`{name}`" for name in exercise.forbidden)
         lines.append(f"Not allowed: {names}.")
-    if not variant:  # the hints speak of the plain task
+    if not variant and exercise.hints:  # the hints speak of the plain task
         idea, pseudocode, key_line = exercise.hints
         lines.append(folded("Hint 1: the idea", idea))
         lines.append(folded("Hint 2: pseudocode", f"```text\n{pseudocode}\n```"))

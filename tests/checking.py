@@ -503,15 +503,16 @@ def recognised(oracle: Oracle, got: list[Answer]) -> str | None:
     return None
 
 
-def report(result: Result) -> list[str]:
-    """The result in lines, as a learner reads them."""
+def report(result: Result, points: bool = True) -> list[str]:
+    """The result in lines, as a learner reads them; without points where others give those."""
     exercise = result.exercise
+    of_points = f", {result.points} of {result.max_points} points" if points else ""
     if not result.written and result.lines == ["not written yet"]:
         state = f"not written yet ({result.max_points} points, about {exercise.minutes} minutes)"
         return [f"{exercise.name}: {state}"]
     if result.passed:
-        return [f"{exercise.name}: right, {result.points} of {result.max_points} points"]
-    lines = [f"{exercise.name}: {result.points} of {result.max_points} points"]
+        return [f"{exercise.name}: right{of_points}"]
+    lines = [f"{exercise.name}: not right yet{of_points}"]
     lines += [f"    {line}" for line in result.lines]
     if result.lines:
         return lines

@@ -2,10 +2,12 @@
 
 A chapter's `exercises.toml` lists its exercises. Each names a function, class or method of one of
 the chapter's files, which is the reference; from it come the stub that a learner fills, and the
-mutants: the reference with one typical mistake. `tests/cases/chNN.py` holds the inputs.
+mutants: the reference with one typical mistake. `tests/cases/chNN.py` holds the inputs. A hand-out
+has `exercises.json` instead, which gives nothing away.
 """
 
 import ast
+import json
 import re
 import textwrap
 import tomllib
@@ -86,16 +88,20 @@ def chapter_folder(name: str, root: Path = ROOT) -> str:
 
 def chapter_folders(root: Path = ROOT) -> list[str]:
     """Every chapter that has exercises, in order."""
-    return sorted(path.parent.name for path in root.glob("ch0*/exercises.toml"))
+    paths = [*root.glob("ch0*/exercises.toml"), *root.glob("ch0*/exercises.json")]
+    return sorted({path.parent.name for path in paths})
 
 
 @cache
 def load(chapter: str, root: Path = ROOT) -> tuple[Exercise, ...]:
     """The exercises of a chapter's folder. Raises ExerciseError for a file that is not right."""
     path = root / chapter / "exercises.toml"
+    if not path.is_file():
+        path = path.with_suffix(".json")
+    read = json.loads if path.suffix == ".json" else tomllib.loads
     try:
-        listed = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        listed = read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ExerciseError(f"{path}: {error}") from None
     default = f"{chapter.split('_', 1)[1]}.py"
     return tuple(read_one(entry, chapter, default, path) for entry in listed["exercise"])

@@ -204,6 +204,8 @@ def check_all(exercises: tuple[Exercise, ...], root: Path) -> int:
 def hint(name: str, root: Path = ROOT) -> int:
     """Prints the hints read so far and one more: the idea, then pseudocode, then one key line."""
     exercise = find(name, root)
+    if not exercise.hints:
+        raise ExerciseError(f"{name}: this course gives no hints")
     kept = progress(root).get(exercise.name, {})
     n = min(kept.get("hints", 0) + 1, len(exercise.hints))
     for i, text in enumerate(exercise.hints[:n], 1):

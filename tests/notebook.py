@@ -6,14 +6,17 @@ import sys
 from tests.exercise import ROOT, Exercise, ExerciseError, chapter_folder, definition, find, load
 
 
-def check_cells(name: str, must_pass: bool = False) -> None:
+def check_cells(
+    name: str, must_pass: bool = False, only: str | None = None, hidden: str | None = None
+) -> None:
     """Prints how the exercise went, or each of a chapter's that has been defined.
 
     Raises AssertionError with the same text if must_pass, and it is not right; ExerciseError for
-    an unknown name.
+    an unknown name. With `only`, one check decides whether it is; `hidden` is a recording to
+    compare with.
     """
     from tests.checking import check_here, report
-    from tests.handout import oracle_for
+    from tests.handout import from_text, oracle_for
 
     cells, names = notebook_cells()
     try:
@@ -29,9 +32,11 @@ def check_cells(name: str, must_pass: bool = False) -> None:
             lines.append(f"{exercise.name}: no cell has defined {exercise.target}; run yours first")
             passed = False
             continue
-        result = check_here(oracle_for(exercise), source, "your cell", names)
+        oracle = from_text(exercise, hidden) if hidden else oracle_for(exercise)
+        result = check_here(oracle, source, "your cell", names)
         lines += report(result)
-        passed = passed and result.passed
+        deciding = [c for c in result.checks if only in (None, c.name)]
+        passed = passed and all(c.passed and c.counted for c in deciding)
     if must_pass and not passed:
         raise AssertionError("\n".join(lines))
     print("\n".join(lines))

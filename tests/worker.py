@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 REFERENCE_LINES = 10**6  # added to the line numbers of what is not the learner's
-MAX_TEXT = 2_000  # letters of a string, or of an error's message, that are sent
+MAX_TEXT = 2_000  # letters of an error's message that are sent
+MAX_BYTES = 2**24  # of one string or tensor
 
 
 # Values as bytes: JSON for the tree, safetensors for the tensors. No pickle, in either direction.
@@ -50,10 +51,12 @@ def flatten(value: object, tensors: dict[str, Tensor]) -> object:
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str:
-        return value if len(value) <= MAX_TEXT * 50 else {"$type": f"str of {len(value)} letters"}
+        return value if len(value) <= MAX_BYTES else {"$type": f"str of {len(value)} letters"}
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_complex() or value.is_quantized:
             return {"$type": f"tensor of {value.dtype}, {value.layout}"}
+        if value.nbytes > MAX_BYTES:
+            return {"$type": f"tensor of {value.nbytes:,} bytes"}
         name = str(len(tensors))
         tensors[name] = value.detach().as_subclass(Tensor).cpu().clone().contiguous()
         return {"$tensor": name}
@@ -119,6 +122,7 @@ class Job:
     submission_name: str = "submission.py"
     take: dict[str, list[str]] = field(default_factory=dict)  # module -> targets, of the submission
     own: list[str] = field(default_factory=list)  # all exercises' top-level names: never helpers
+    lenient: bool = False  # a notebook: statements between the definitions may fail
     extras: dict[str, object] | None = None  # a notebook's globals, in place of a file's statements
 
 
@@ -171,8 +175,12 @@ def run_extras(tree: ast.Module, job: Job, module: ModuleType) -> None:
         if not (isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in job.own)
         and not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
     ]
-    code = compile(ast.Module(body, []), job.submission_name, "exec")
-    exec(code, module.__dict__)
+    for part in [[node] for node in body] if job.lenient else [body]:
+        try:
+            exec(compile(ast.Module(part, []), job.submission_name, "exec"), module.__dict__)
+        except Exception:
+            if not job.lenient:
+                raise
 
 
 def put(body: list[ast.stmt], own: list[ast.stmt], target: str) -> None:
@@ -281,7 +289,7 @@ def write_job(job: Job, folder: Path) -> None:
         "modules": job.modules, "module": job.module, "driver": job.driver,
         "exercise": job.exercise, "calls": [[check, inputs] for check, inputs in job.calls],
         "submission": job.submission, "submission_name": job.submission_name,
-        "take": job.take, "own": job.own,
+        "take": job.take, "own": job.own, "lenient": job.lenient,
     }  # fmt: skip
     sources = json.dumps({k: v for k, v in tree.items() if k != "calls"})
     (folder / "job.json").write_text(sources, encoding="utf-8")
@@ -329,7 +337,7 @@ def main() -> None:
         data = struct.pack("<Q", len(data)) + data
         while data:
             data = data[os.write(channel, data) :]
-    os.close(channel)
+    os._exit(0)  # at once: no thread of the answer's, and nothing that it left to be done at exit
 
 
 if __name__ == "__main__":
