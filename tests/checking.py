@@ -504,7 +504,17 @@ def recognised(oracle: Oracle, got: list[Answer]) -> str | None:
 
 
 def report(result: Result, points: bool = True) -> list[str]:
-    """The result in lines, as a learner reads them; without points where others give those."""
+    """The result in lines, as a learner reads them; without points where others give those.
+
+    An answer's own words (an exception's, a key's) may hold anything: a terminal's commands do not
+    get through.
+    """
+    return [
+        "".join(c if c.isprintable() else "?" for c in line) for line in lines_of(result, points)
+    ]
+
+
+def lines_of(result: Result, points: bool) -> list[str]:
     exercise = result.exercise
     of_points = f", {result.points} of {result.max_points} points" if points else ""
     if not result.written and result.lines == ["not written yet"]:

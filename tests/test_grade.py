@@ -228,6 +228,9 @@ HOSTILE: dict[str, tuple[str, int | None, str]] = {
         NOTHING,
         "ended the process",
     ),
+    "raises an error that clears the screen": (
+        right("raise ValueError('\\x1b[2J\\x1b]0;points\\x07')"), NOTHING, "ValueError: ?[2J",
+    ),
     "changes the inputs that it is compared on": (
         WRONG.replace("before()", "q_BTHK.zero_(); k_BSJK.zero_(); v_BSJK.zero_()"),
         NOTHING,
