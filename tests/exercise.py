@@ -12,7 +12,7 @@ import re
 import textwrap
 import tomllib
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +163,12 @@ def find(name: str, root: Path = ROOT) -> Exercise:
 Definition = ast.FunctionDef | ast.ClassDef
 
 
+@lru_cache(maxsize=512)
+def parse(source: str) -> ast.Module:
+    """The tree of a source. It is shared, so nobody may change it."""
+    return ast.parse(source)
+
+
 def definition(body: list[ast.stmt], target: str) -> Definition | None:
     """The node of `attend` or `LayerCache.append` in a module's body; the last, if several."""
     first, _, rest = target.partition(".")
@@ -185,7 +191,7 @@ def span(node: Definition) -> tuple[int, int]:
 
 def segment(source: str, target: str) -> str:
     """The lines of a definition as they stand. Raises ExerciseError if it is not there."""
-    node = definition(ast.parse(source).body, target)
+    node = definition(parse(source).body, target)
     if node is None:
         raise ExerciseError(f"{target} is not in the source")
     start, end = span(node)
@@ -207,7 +213,7 @@ def blanked(source: str, targets: list[str]) -> str:
     lines = source.splitlines()
     cuts: list[tuple[int, int, str]] = []
     for target in targets:
-        node = definition(ast.parse(source).body, target)
+        node = definition(parse(source).body, target)
         if node is None:
             raise ExerciseError(f"{target} is not in the source")
         functions = [node] if isinstance(node, ast.FunctionDef) else methods(node)
@@ -294,13 +300,16 @@ def stub_imports(chapter: str, root: Path = ROOT, variant: bool = False) -> str:
     given: dict[str, set[str]] = {}
     tops = {exercise.target.split(".")[0] for exercise in exercises}
     for exercise in exercises:
-        tree = ast.parse(reference_source(exercise, root, variant))
+        tree = parse(reference_source(exercise, root, variant))
         used = used_names(definition(tree.body, exercise.target.split(".")[0]))
         imports |= dict.fromkeys(import_lines(tree, used | {"torch", "Tensor"}))
-        names = top_names(tree) & (used | set(exercise.gives))
-        given.setdefault(exercise.module, set()).update(names - tops)
+        names = top_names(tree, exercise.module)
+        for name in (used | set(exercise.gives)) & names.keys() - tops:
+            given.setdefault(names[name], set()).add(name)
     lines = sorted(imports, key=lambda line: (line.startswith("from"), line))
-    local = [from_line(module, names) for module, names in sorted(given.items()) if names]
+    local = [line for line in lines if line.startswith("import ch0")]
+    lines = [line for line in lines if line not in local]
+    local += [from_line(module, names) for module, names in sorted(given.items()) if names]
     standard = [line for line in lines if not re.match(r"(from|import) (torch|safetensors)", line)]
     others = [line for line in lines if line not in standard]
     return "\n\n".join("\n".join(block) for block in (standard, others, local) if block)
@@ -314,23 +323,29 @@ def import_lines(tree: ast.Module, used: set[str]) -> list[str]:
             continue
         if isinstance(node, ast.ImportFrom) and node.module.startswith(("ch0", "tests")):
             continue
-        node.names = [a for a in node.names if (a.asname or a.name.split(".")[0]) in used]
-        if node.names:
-            found.append(ast.unparse(node))
+        names = [a for a in node.names if (a.asname or a.name.split(".")[0]) in used]
+        if names:
+            text = ", ".join(ast.unparse(alias) for alias in names)
+            start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
+            found.append(f"{start} {text}")
     return found
 
 
-def top_names(tree: ast.Module) -> set[str]:
-    """What the module defines or takes from another chapter."""
-    names: set[str] = set()
+def top_names(tree: ast.Module, module: str) -> dict[str, str]:
+    """Name -> where it is defined, for what a module defines or takes from another chapter."""
+    names: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
+            names[node.name] = module
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+            names |= {t.id: module for t in targets if isinstance(t, ast.Name)}
         elif isinstance(node, ast.ImportFrom) and node.module.startswith("ch0"):
-            names |= {alias.asname or alias.name for alias in node.names}
+            names |= {
+                alias.name: node.module
+                for alias in node.names
+                if alias.asname in (None, alias.name)
+            }
     return names
 
 
@@ -339,10 +354,12 @@ def used_names(node: ast.AST) -> set[str]:
 
 
 def from_line(module: str, names: set[str]) -> str:
-    line = f"from {module} import {', '.join(sorted(names))}"
+    """The import, its names in the order that isort likes: CONSTANTS, Classes, functions."""
+    ordered = sorted(names, key=lambda n: (not n.isupper(), n[:1].islower(), n))
+    line = f"from {module} import {', '.join(ordered)}"
     if len(line) <= 100:
         return line
-    return f"from {module} import (\n" + "".join(f"    {n},\n" for n in sorted(names)) + ")"
+    return f"from {module} import (\n" + "".join(f"    {n},\n" for n in ordered) + ")"
 
 
 # What a learner may not use
@@ -355,7 +372,7 @@ def forbidden_uses(source: str, exercise: Exercise) -> list[tuple[int, str, str]
     goes. Aliases are followed (`import torch.nn.functional as F`), and a name inside a string
     counts, as in getattr.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     aliases = import_aliases(tree)
     last_names = {name.rsplit(".", 1)[-1]: name for name in exercise.forbidden}
     found: dict[tuple[int, str], str] = {}

@@ -21,6 +21,8 @@ from tests.exercise import (
     segment,
     stubs,
 )
+from tests.grade import Course
+from tests.release import solved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,6 +120,16 @@ def test_seeds_give_other_inputs(exercise: Exercise) -> None:
         )
         if check == next(iter(exercise.checks)):
             assert len(a) != len(b) or difference(a, b, 1e-3) != []
+
+
+@pytest.mark.parametrize("chapter", chapter_folders())
+@pytest.mark.parametrize("variant", [False, True])
+def test_a_whole_file_of_answers_is_right(chapter: str, variant: bool) -> None:
+    """Guards what a learner hands in: all answers in one file, with the stubs' imports."""
+    text = solved(Course(load(chapter), variant=variant))
+    for exercise in load(chapter):
+        result = check_here(oracle(exercise.name, 0, variant), text, "my.py")
+        assert result.passed, [result.lines, [check.lines for check in result.checks]]
 
 
 # Wrong answers

@@ -22,8 +22,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import safetensors.torch
 import torch
@@ -150,12 +151,12 @@ class ContextFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         source = self.job.modules[name]
         targets = self.job.take.get(name, [])
         if not targets or self.job.submission is None:
-            exec(compile(source, module.__file__, "exec"), module.__dict__)
+            exec(compiled(source, module.__file__), module.__dict__)
             return
         # First all of the chapter, so that the learner's other statements find what they use; then
         # those; then the chapter once more, with the learner's definitions inside.
         own = ast.parse(self.job.submission)
-        exec(compile(source, module.__file__, "exec"), module.__dict__)
+        exec(compiled(source, module.__file__), module.__dict__)
         if self.job.extras is not None:
             for key, value in self.job.extras.items():
                 module.__dict__.setdefault(key, value)
@@ -165,6 +166,11 @@ class ContextFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         for target in targets:
             put(tree.body, own.body, target)
         exec(compile(tree, self.job.submission_name, "exec"), module.__dict__)
+
+
+@lru_cache(maxsize=256)
+def compiled(source: str, name: str) -> CodeType:
+    return compile(source, name, "exec")
 
 
 def run_extras(tree: ast.Module, job: Job, module: ModuleType) -> None:
@@ -246,7 +252,7 @@ def answers(job: Job) -> Iterator[dict]:
     `failure` makes of an exception.
     """
     driver: dict[str, object] = {}
-    exec(compile(job.driver, "cases.py", "exec"), driver)
+    exec(compiled(job.driver, "cases.py"), driver)
     cases = driver[job.exercise]
     torch.manual_seed(0)
     try:
