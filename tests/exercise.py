@@ -380,10 +380,10 @@ def forbidden_uses(source: str, exercise: Exercise) -> list[tuple[int, str, str]
         for child in ast.walk(node):
             if isinstance(child, (ast.Name, ast.Attribute)):
                 dotted = full_name(child, aliases)
+                last = child.attr if isinstance(child, ast.Attribute) else dotted.rsplit(".", 1)[-1]
                 for name, why in exercise.forbidden.items():
-                    # x.softmax() is a method of some tensor, torch.softmax a function
-                    method = "." not in name and isinstance(child, ast.Attribute)
-                    if dotted == name or (method and child.attr == name):
+                    # A bare name stands for a function and for a method: x.repeat_interleave().
+                    if name in (dotted, last):
                         found[child.lineno, ast.unparse(child)] = why
             elif is_text(child) and child.value in last_names:
                 name = last_names[child.value]
