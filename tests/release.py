@@ -448,9 +448,11 @@ def bare(line: str) -> str:
 def check_for_leaks(course: Course, folders: list[Path]) -> int:
     """The number of lines looked for. Raises ExerciseError if a student's file has one.
 
-    Of the nbgrader source only what nbgrader gives to students is read: the rest is cut out.
+    Of the nbgrader source only what nbgrader gives to students is read: the rest is cut out. The
+    cases unpack the same tensors as some answers do: one line in five may be the same there.
     """
-    wanted = {line: name for name, lines in solution_lines(course).items() for line in lines}
+    solutions = solution_lines(course)
+    wanted = {line: name for name, lines in solutions.items() for line in lines}
     for folder in folders:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             if path.suffix == ".bin":
@@ -461,9 +463,12 @@ def check_for_leaks(course: Course, folders: list[Path]) -> int:
                 text = "\n".join("".join(c["source"]) for c in cells)
                 for kind in ("SOLUTION", "HIDDEN TESTS"):
                     text = re.sub(rf"(?s)### BEGIN {kind}.*?### END {kind}", "", text)
-            for line in text.splitlines():
-                if name := wanted.get(bare(line)):
-                    raise ExerciseError(f"{path.name}: has a line of {name}'s solution: {line}")
+            found = {bare(line): line for line in text.splitlines() if bare(line) in wanted}
+            for key, line in found.items():
+                same = sum(wanted[other] == wanted[key] for other in found)
+                if path.parent.name != "cases" or same > len(solutions[wanted[key]]) / 5:
+                    what = f"has a line of {wanted[key]}'s solution: {line.strip()}"
+                    raise ExerciseError(f"{path.name}: {what}")
     return len(wanted)
 
 
