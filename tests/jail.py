@@ -68,7 +68,7 @@ def ps(*columns: str) -> list[list[str]]:
     import subprocess
 
     command = ["ps", "-axo", ",".join(f"{name}=" for name in ("pid", *columns))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
         rows = [line.split() for line in process.stdout]
     return [row for row in rows if row[0] != str(process.pid)]
 
@@ -135,14 +135,17 @@ def kill_below(pid: int, seconds: float = 3.0) -> None:
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds, all of what it shares included; 0 if it is gone."""
     with suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+            * resource.getpagesize()
+        )
     return 0
 
 
 def fair_share(pid: int) -> int:
     """The same, but shared memory divided among its holders. Slow: up to 10 ms."""
     with suppress(OSError):  # a process can forbid to be looked into
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     return resident(pid)
 
@@ -217,7 +220,7 @@ def room(path: str, n_bytes: int, mode: str) -> None:
 
 def make_read_only(but: set[str]) -> None:
     """Every mount becomes read-only, but those named."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         path = line.split()[4].encode().decode("unicode_escape").encode("latin-1")
         path = os.fsdecode(path)  # spaces are written as \040
         if path not in but:
@@ -269,7 +272,9 @@ def make_root(spec: dict) -> None:
     make_devices("/old")
     os.makedirs("/etc", exist_ok=True)
     user, group = spec["ids"]
-    Path("/etc/passwd").write_text(f"student:x:{user}:{group}::{folder}:/bin/sh\n")
+    Path("/etc/passwd").write_text(
+        f"student:x:{user}:{group}::{folder}:/bin/sh\n", encoding="utf-8"
+    )
     copy_folder(f"/old{folder}", spec)
     system("umount2", "/old", DETACH)
     os.rmdir("/old")
@@ -290,10 +295,10 @@ def new_user_namespace(spec: dict) -> None:
         with suppress(OSError):
             at = Path(f"/proc/{launcher}")
             if os.getuid():
-                (at / "setgroups").write_text("deny")
+                (at / "setgroups").write_text("deny", encoding="utf-8")
             both = "" if os.getuid() else "0 0 1\n"  # root, to read what only root may
-            (at / "uid_map").write_text(f"{both}{user} {user} 1\n")
-            (at / "gid_map").write_text(f"{both}{group} {group} 1\n")
+            (at / "uid_map").write_text(f"{both}{user} {user} 1\n", encoding="utf-8")
+            (at / "gid_map").write_text(f"{both}{group} {group} 1\n", encoding="utf-8")
             os._exit(0)
         os._exit(1)
     try:
@@ -314,7 +319,7 @@ def enter_box(spec: dict) -> None:
     make_root(spec)
     for name, value in (("user/max_user_namespaces", "0"), ("kernel/shmall", "0")):
         with suppress(OSError):  # not every kernel lets a namespace decide
-            Path(f"/proc/sys/{name}").write_text(value)
+            Path(f"/proc/sys/{name}").write_text(value, encoding="utf-8")
 
 
 # The worker
@@ -502,7 +507,8 @@ def launch(spec: dict) -> None:
     """The launcher: whatever happens to the keeper, nothing of it is left in the end."""
     os.set_inheritable(spec["report"], False)
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # first to go when memory runs out
+        # First to go when memory runs out.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     prctl(SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 is then deaf to it
     if spec["level"] == "namespaces":

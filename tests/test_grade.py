@@ -385,7 +385,9 @@ def test_the_child_holds_no_solution() -> None:
 def test_gradescope_file(tmp_path: Path) -> None:
     """The form that Gradescope reads: tests with scores, visible ones and hidden ones."""
     (tmp_path / "submission").mkdir()
-    (tmp_path / "submission" / "my_gqa.py").write_text(RIGHT + "\ndef before(): pass\n")
+    (tmp_path / "submission" / "my_gqa.py").write_text(
+        RIGHT + "\ndef before(): pass\n", encoding="utf-8"
+    )
     out = tmp_path / "results" / "results.json"
     command = ["grade", str(tmp_path / "submission"), "--chapter", "ch03", "--only",
                "grouped_attend", "--gradescope", str(out), "--seed", "3"]  # fmt: skip
@@ -421,7 +423,7 @@ def test_unreadable_submission_gets_a_result(
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_links_are_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.py"
-    secret.write_text("x = 1")
+    secret.write_text("x = 1", encoding="utf-8")
     (tmp_path / "ada").mkdir()
     (tmp_path / "ada" / "my_gqa.py").symlink_to(secret)
     assert "no .py" in grade_path(tmp_path / "ada", "ada", COURSE)["error"]
@@ -509,9 +511,11 @@ def grouped_attend_case(rng):
 
 
 def test_overlay_adds_private_checks(tmp_path: Path) -> None:
-    (tmp_path / "overlay.toml").write_text("[grouped_attend]\none_query_head = 3\n")
-    (tmp_path / "ch03.py").write_text(OVERLAY)
-    (tmp_path / "ada.py").write_text(RIGHT + "\ndef before(): pass\n")
+    (tmp_path / "overlay.toml").write_text(
+        "[grouped_attend]\none_query_head = 3\n", encoding="utf-8"
+    )
+    (tmp_path / "ch03.py").write_text(OVERLAY, encoding="utf-8")
+    (tmp_path / "ada.py").write_text(RIGHT + "\ndef before(): pass\n", encoding="utf-8")
     course = Course(EXERCISES, overlay=tmp_path)
     record = grade_path(tmp_path / "ada.py", "ada", course)
     assert (record["points"], record["max_points"]) == (MOST + 3, MOST + 3)

@@ -168,7 +168,9 @@ def test_watch_checks_at_each_change(
     def nap(_: float) -> None:
         naps.append(1)
         if len(naps) == 2:
-            path.write_text(path.read_text(encoding="utf-8").replace(".mT", ".mT * scale"))
+            path.write_text(
+                path.read_text(encoding="utf-8").replace(".mT", ".mT * scale"), encoding="utf-8"
+            )
         if len(naps) == 5:
             raise KeyboardInterrupt
 
@@ -193,13 +195,13 @@ def test_watch_checks_at_each_change(
 )
 def test_wrong_arguments_are_one_line(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "tests", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2
     assert done.stdout == "" and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_progress_survives_a_broken_file(root: Path) -> None:
-    (root / learn.PROGRESS).write_text("{")
+    (root / learn.PROGRESS).write_text("{", encoding="utf-8")
     learn.remember(root, "a", 1)
     assert json.loads((root / learn.PROGRESS).read_text(encoding="utf-8")) == {"a": 1}
 

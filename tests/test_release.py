@@ -27,8 +27,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("release")
     overlay = folder / "private"
     overlay.mkdir()
-    (overlay / "overlay.toml").write_text("[grouped_attend]\none_query_head = 3\n")
-    (overlay / "ch03.py").write_text(OVERLAY)
+    points = "[grouped_attend]\none_query_head = 3\n"
+    (overlay / "overlay.toml").write_text(points, encoding="utf-8")
+    (overlay / "ch03.py").write_text(OVERLAY, encoding="utf-8")
     command = ["release", SHORT, "--out", str(folder / "dist"), "--seed", "11", "--variant",
                "--overlay", str(overlay)]  # fmt: skip
     assert run(command) == 0
@@ -143,7 +144,7 @@ def test_gradescope_zip_runs(dist: Path, tmp_path: Path) -> None:
 def test_nbgrader_accepts_and_grades(dist: Path, tmp_path: Path) -> None:
     """The whole way of a course: assign, hand in, grade, marks."""
     (tmp_path / "nbgrader_config.py").write_text(
-        'c = get_config()\nc.CourseDirectory.course_id = "trial"\n'
+        'c = get_config()\nc.CourseDirectory.course_id = "trial"\n', encoding="utf-8"
     )
     shutil.copytree(dist / "nbgrader" / "source", tmp_path / "source")
     bin_folder = str(Path(sys.executable).parent)
@@ -156,7 +157,7 @@ def test_nbgrader_accepts_and_grades(dist: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "nbgrader", *arguments],
             cwd=tmp_path, env=env, capture_output=True, text=True,
-        )  # fmt: skip
+        encoding="utf-8")  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
 
     nbgrader("generate_assignment", CHAPTER, "--create")

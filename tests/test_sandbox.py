@@ -89,7 +89,7 @@ def children() -> set[str]:
     """The direct children of this process, dead or alive."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        found |= set(Path(f"/proc/self/task/{task}/children").read_text().split())
+        found |= set(Path(f"/proc/self/task/{task}/children").read_text(encoding="utf-8").split())
     return found
 
 
