@@ -177,11 +177,11 @@ def definition(body: list[ast.stmt], target: str) -> Definition | None:
         for node in body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == first
     ]
-    if not nodes:
-        return None
     if not rest:
-        return nodes[-1]
-    return definition(nodes[-1].body, rest) if isinstance(nodes[-1], ast.ClassDef) else None
+        return nodes[-1] if nodes else None
+    # Two methods of one class may stand in two cells, each in a class statement of its own.
+    inside = [definition(node.body, rest) for node in nodes if isinstance(node, ast.ClassDef)]
+    return next((node for node in reversed(inside) if node is not None), None)
 
 
 def span(node: Definition) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from tests import worker
-from tests.checking import Answer, Oracle, own_names
-from tests.exercise import ROOT, Exercise, ExerciseError, definition, is_blank, load
+from tests.checking import Answer, Oracle, chapter_sources
+from tests.exercise import ROOT, Exercise, ExerciseError, blanked, definition, is_blank, load
 
 RECORDING = Path("tests") / "expected"  # which only a hand-out has
 
@@ -68,6 +68,15 @@ class Recorded(Oracle):
     def mutants(self) -> dict[str, list[Answer]]:
         return self.kept["mutants"]
 
+    @property
+    def later(self) -> bool:
+        """Whether only the grader can check this exercise.
+
+        It uses others of the chapter. Where those follow a variant's convention, no reference that
+        students may have could stand in.
+        """
+        return self.kept.get("later", False)
+
     @cached_property
     def modules(self) -> dict[str, str]:
         """The blanked files; or the references around the exercise, if they were recorded."""
@@ -99,7 +108,20 @@ def recorded(oracle: Oracle, with_modules: bool = False) -> bytes:
     }
     if with_modules:
         kept["modules"] = oracle.modules
+    elif oracle.variant:
+        kept["later"] = uses_others(oracle)
     return zlib.compress(worker.encode(kept), 9)
+
+
+def uses_others(oracle: Oracle) -> bool:
+    """Whether the reference calls another exercise's reference: tried, with those cut out."""
+    own = oracle.exercise
+    sources = chapter_sources(own, oracle.root) | {own.module: oracle.reference}
+    for other in load(own.chapter, oracle.root):
+        if other.name != own.name and other.module in sources:
+            sources[other.module] = blanked(sources[other.module], [other.target])
+    job = worker.Job(sources, own.module, oracle.driver, own.name, oracle.fresh_calls())
+    return any("is not written yet" in a.get("message", "") for a in worker.answers(job))
 
 
 def from_text(exercise: Exercise, text: str, root: Path = ROOT) -> Recorded:
@@ -110,6 +132,3 @@ def from_text(exercise: Exercise, text: str, root: Path = ROOT) -> Recorded:
 
 def as_text(recording: bytes) -> str:
     return base64.b85encode(recording).decode("ascii")
-
-
-__all__ = ["Recorded", "as_text", "from_text", "is_handout", "oracle_for", "own_names", "recorded"]

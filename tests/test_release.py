@@ -8,12 +8,21 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from tests.__main__ import main
 from tests.exercise import ROOT, load
 from tests.grade import Course
-from tests.release import check_for_leaks, class_or_function, solution_lines, solved
+from tests.release import (
+    check_for_leaks,
+    class_or_function,
+    solution_cell,
+    solution_lines,
+    solved,
+    write_handout,
+)
 from tests.test_grade import OVERLAY, run
 
 CHAPTER, SHORT, TOPIC = "ch03_gqa", "ch03", "gqa"
@@ -101,7 +110,9 @@ def test_student_can_work_in_the_handout(dist: Path, tmp_path: Path) -> None:
     mine.write_text(solved(course(variant=True)), encoding="utf-8")
     done = command(folder, "check", SHORT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{MOST} of {MOST} points" in done.stdout
+    later = [line for line in done.stdout.splitlines() if "when you hand it in" in line]
+    assert [line.split(":")[0] for line in later] == ["regroup_heads"]  # it uses another exercise
+    assert done.stdout.count(": right") == len(EXERCISES) - 1
     mine.write_text(solved(course(variant=False)), encoding="utf-8")
     done = command(folder, "check", SHORT)
     assert done.returncode == 1 and f"0 of {MOST} points" in done.stdout
@@ -109,6 +120,26 @@ def test_student_can_work_in_the_handout(dist: Path, tmp_path: Path) -> None:
     for arguments in (("diff", EXERCISES[0].name), ("grade", "x", "--chapter", SHORT)):
         done = command(folder, *arguments)
         assert done.returncode == 2 and "holds no solutions" in done.stderr
+
+
+def test_plain_handout_checks_every_exercise(tmp_path: Path) -> None:
+    """Without a variant, a learner's other answers stand in, in a file and in a notebook."""
+    write_handout(tmp_path, course(variant=False))
+    assert command(tmp_path, "start", SHORT).returncode == 0
+    mine = tmp_path / CHAPTER / f"my_{TOPIC}.py"
+    mine.write_text(solved(course(variant=False)), encoding="utf-8")
+    done = command(tmp_path, "check", SHORT)
+    assert done.returncode == 0 and f"{MOST} of {MOST} points" in done.stdout
+
+    book = nbformat.read(tmp_path / "exercises.ipynb", as_version=4)
+    for cell in book.cells:
+        for e in EXERCISES:
+            if cell.id == f"ex-{e.name}-code".replace("_", "-"):
+                cell.source = solution_cell(e, False) + f'\n\ncheck("{e.name}")'
+    client = NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    printed = [o.text for c in book.cells if c.cell_type == "code" for o in c.outputs]
+    assert len(printed) == len(EXERCISES) and all(": right" in text for text in printed), printed
 
 
 def test_gradescope_zip_runs(dist: Path, tmp_path: Path) -> None:

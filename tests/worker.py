@@ -197,6 +197,8 @@ def put(body: list[ast.stmt], own: list[ast.stmt], target: str) -> None:
     first, _, rest = target.partition(".")
     mine = [n for n in own if getattr(n, "name", None) == first]
     theirs = [i for i, n in enumerate(body) if getattr(n, "name", None) == first]
+    if rest:  # a notebook may have a class statement for each of its methods
+        mine = [n for n in mine if any(getattr(m, "name", None) == rest for m in n.body)]
     if not mine or not theirs:
         raise LookupError(f"there is no definition of {target}")
     if not rest:
@@ -205,10 +207,8 @@ def put(body: list[ast.stmt], own: list[ast.stmt], target: str) -> None:
     put(body[theirs[-1]].body, mine[-1].body, rest)
     known = {getattr(n, "name", None) for n in body[theirs[-1]].body}
     for node in mine[-1].body:
-        if (
-            isinstance(node, (ast.FunctionDef, ast.Assign))
-            and getattr(node, "name", "") not in known
-        ):
+        added = isinstance(node, (ast.FunctionDef, ast.Assign))
+        if added and getattr(node, "name", "") not in known:
             body[theirs[-1]].body.append(node)
 
 
