@@ -37,7 +37,7 @@ def cell(name: str, kind: str, source: str) -> dict:
 def sorted_imports(text: str) -> str:
     """Imports of other projects in one block, those of the book in the last."""
     blocks = text.split("\n\n")
-    if blocks[-1].startswith("from ch0") or len(blocks) == 1:
+    if blocks[-1].startswith(("from ch0", "import ch0")) or len(blocks) == 1:
         return text
     return "\n\n".join([*blocks[:-1], blocks[-1].replace("\nfrom tests", "\n\nfrom tests")])
 

@@ -327,7 +327,10 @@ def tensor_difference(expected: Tensor, got: object, tolerance: float, name: str
     if not wrong.any():
         return []
     worst = int(error.argmax())
-    place = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
+    place, rest = [], worst
+    for size in reversed(error.shape):
+        rest, i = divmod(rest, size)
+        place.insert(0, i)
     letters = letters if letters and len(letters) == len(place) else "?" * len(place)
     where = ", ".join(
         f"{letter.lower()}={i}" if letter.isalpha() else str(i)

@@ -12,10 +12,25 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Several processes of tests share the cores; a single one may have two.
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+torch.set_num_threads(1 if SHARED else min(2, os.cpu_count() or 1))
 # Besides choosing deterministic kernels, this fills new memory with NaN: a cache row that is read
 # before it is written shows.
 torch.use_deterministic_algorithms(True)
+
+
+SLOWEST_FIRST = ("test_notebooks.py", "test_grade.py", "test_release.py", "test_exercises.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one process, since they share what they made; so do a notebook's."""
+    for item in items:
+        path = getattr(item, "callspec", None) and item.callspec.params.get("path")
+        alone = item.path.name == "test_notebooks.py" and path is not None
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {path.stem if alone else ''}"))
+    rank = {name: n for n, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -149,16 +149,25 @@ def test_stub_gets_nothing(exercise: Exercise) -> None:
 @pytest.mark.parametrize("seed", [0, SEED])
 def test_mistakes_are_caught_and_recognised(exercise: Exercise, seed: int | str) -> None:
     """Every mutant loses points, and at least eight in ten are called by their name."""
-    found = {}
+    right, found = oracle(exercise.name, seed), {}
     for mutant in exercise.mutants:
         source = replaced(reference_source(exercise), exercise.target, mutant.replace)
-        ast.parse(source)
-        result = check_here(oracle(exercise.name, seed), answer(exercise, source), "my.py")
+        given = right.mutants[mutant.name]  # what that source returned
+        result = judge(right, [{"ready": True}, *given], answer(exercise, source), "my.py")
         found[mutant.name] = (result.points, result.mutant)
     caught = [name for name, (points, _) in found.items() if points < exercise.points]
     known = [name for name, (_, called) in found.items() if called == name]
     assert caught == list(found), f"not caught: {found.keys() - set(caught)}"
     assert len(known) >= 0.8 * len(found), found
+
+
+@each
+def test_a_mistake_in_a_learners_file_is_recognised(exercise: Exercise) -> None:
+    """The whole way of one mutant: as a file, run, judged and named."""
+    mutant = exercise.mutants[0]
+    source = replaced(reference_source(exercise), exercise.target, mutant.replace)
+    result = check_here(oracle(exercise.name), answer(exercise, source), "my.py")
+    assert result.points < exercise.points and result.mutant == mutant.name
 
 
 def changed(value: object, how: str, inputs: dict) -> object:
