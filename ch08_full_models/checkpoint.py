@@ -126,6 +126,11 @@ def load(
             speed.quantize(model, quantize)
         except ValueError as err:
             raise CheckpointError(f"{path}: {one_line(err)}") from err
+    elif device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16:
+        from ch08_full_models import speed
+
+        if getattr(model, "disk", None) is None:
+            speed.vector_products(model)
     return model.eval(), tokenizer
 
 

@@ -4,11 +4,14 @@ The inputs come from `tests/cases/chNN.py`, drawn from a seed. The reference run
 the process that decides; the answer may run elsewhere, and only what it returned is looked at.
 """
 
+import _thread
 import ast
 import dataclasses
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +36,7 @@ from tests.exercise import (
 from tests.shapes import axes
 
 Answer = dict  # what the worker yields for one call
+SECONDS = 60.0  # that an answer may take on the learner's own computer
 
 
 class Rng:
@@ -581,7 +585,35 @@ def check_here(oracle: Oracle, submission: str, name: str, extras: dict | None =
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            found = through_the_channel(worker.answers(job))
+            with time_limit(SECONDS) as late:
+                for answer in worker.answers(job):
+                    found += through_the_channel(iter([answer]))
+        except KeyboardInterrupt:
+            if not late:
+                raise
         finally:
             torch.set_num_threads(n_threads)
+        end = f"still running after {SECONDS:g} seconds, and was stopped" if late else ""
+        return judge(oracle, found, submission, name, end)
     return judge(oracle, found, submission, name)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[list[bool]]:
+    """Interrupts the block, as Ctrl-C does, when its time is over; then the list is not empty.
+
+    A single call into C code is not interrupted before it returns.
+    """
+    late: list[bool] = []
+
+    def stop() -> None:
+        late.append(True)
+        _thread.interrupt_main()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()

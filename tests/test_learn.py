@@ -130,6 +130,15 @@ def test_writing_to_an_input_is_told(root: Path, capsys: pytest.CaptureFixture) 
     assert "writes to its input k_BSJK" in capsys.readouterr().out
 
 
+def test_an_endless_answer_is_stopped(
+    root: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.checking.SECONDS", 1.0)
+    answer(root, RIGHT.replace("    heads = []", "    heads = []\n    while True: heads = []"))
+    assert learn.check("ch03", NAME, False, root) == 1
+    assert "still running after 1 seconds, and was stopped" in capsys.readouterr().out
+
+
 def test_hints_come_one_by_one(root: Path, capsys: pytest.CaptureFixture) -> None:
     shown = []
     for _ in range(4):
