@@ -36,6 +36,7 @@ SIDES = (
     "transformers float32", "transformers bfloat16",
     "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_K_M",
 )  # fmt: skip
+WINDOW = 512  # tokens
 FTYPES = {"BF16": 32, "Q8_0": 7, "Q4_K_M": 15}  # llama.cpp's numbers for kinds of files
 
 # (what, side, other side, at least this many times the other's rate)
@@ -63,6 +64,7 @@ class Runner:
 
     time: Callable[[list[int], int], tuple[float, float]]  # prompt, new tokens -> seconds for each
     log_probs: Callable[[list[int]], object]  # tokens -> (T, V), float32
+    loss: Callable[[list[int]], float] | None = None  # nats a token, over windows of WINDOW tokens
 
 
 def ours(path: str, kind: str) -> Runner:
@@ -95,7 +97,17 @@ def ours(path: str, kind: str) -> Runner:
         parts += [model(torch.tensor([[token]]), cache) for token in tokens[half:]]
         return torch.cat(parts, dim=1)[0].float().log_softmax(dim=-1)
 
-    return Runner(timed, log_probs)
+    @torch.inference_mode()
+    def loss(tokens: list[int]) -> float:
+        total = 0.0
+        for window_T in torch.tensor(tokens).split(WINDOW):
+            logits_TV = model(window_T[None, :-1])[0].float()
+            total += torch.nn.functional.cross_entropy(
+                logits_TV, window_T[1:], reduction="sum"
+            ).item()
+        return total / (len(tokens) - math.ceil(len(tokens) / WINDOW))
+
+    return Runner(timed, log_probs, loss)
 
 
 def transformers_side(path: str, kind: str) -> Runner:
@@ -207,6 +219,8 @@ def child(side: str, path: str) -> None:
             following = torch.tensor(asked["tokens"][1:])[:, None]
             loss = -found_TV[:-1].gather(1, following).mean()
             answer = {"kl": kl_T.mean().item(), "loss": loss.item()}
+            if runner.loss and asked["long"]:
+                answer["long_loss"] = runner.loss(asked["long"])
         else:
             answer = {"peak": peak_rss_bytes(), "empty": empty}
         channel.write(json.dumps(answer) + "\n")
@@ -268,7 +282,7 @@ def converted(path: Path, kind: str, folder: Path) -> Path:
 
 def measure(
     sides: dict[str, Side], text: list[int], contexts: list[int], n_new: int, rounds: int,
-    n_quality: int,
+    n_quality: int, n_loss: int,
 ) -> dict[str, dict]:  # fmt: skip
     """Side -> rates by context, quality and memory."""
     for round_ in range(rounds + 1):
@@ -278,7 +292,8 @@ def measure(
                 if round_:
                     side.times.setdefault(context, []).append(seconds)
     with tempfile.TemporaryDirectory() as folder:
-        ask = {"do": "quality", "tokens": text[:n_quality], "file": f"{folder}/float32"}
+        ask = {"do": "quality", "tokens": text[:n_quality], "file": f"{folder}/float32",
+               "long": text[:n_loss]}  # fmt: skip
         first = sorted(sides, key=lambda name: name != "ours float32")
         quality = {name: sides[name].ask(**ask) for name in first}
     found = {}
@@ -318,7 +333,8 @@ def verdicts(results: dict[str, dict], context: int) -> list[dict]:
             add(f"KL: {side}", ratio, f"<= 2 x {other}", ratio <= 2)
     for side, most in LOSS_TARGETS.items():
         if side in results and "ours float32" in results:
-            change = results[side]["loss"] / results["ours float32"]["loss"] - 1
+            a, b = results[side], results["ours float32"]
+            change = a.get("long_loss", a["loss"]) / b.get("long_loss", b["loss"]) - 1
             add(f"loss: {side}", change, f"<= {most:+.1%} of float32", change <= most)
     return lines
 
@@ -364,6 +380,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--loss-tokens", type=int, default=20_000, metavar="N", help="0: none")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE")
     parser.add_argument("--out", type=Path, help="where to write the results, as JSON")
     parser.add_argument("--chart", type=Path, help="where to draw them, as .png")
@@ -402,7 +419,7 @@ def run(args: argparse.Namespace, path: Path) -> dict:
     _, tokenizer = load(path, "bfloat16", "cpu")
     topics = pydoc_data.topics.topics
     words = "\n".join(topics[key] for key in sorted(topics))
-    need = max(*args.contexts, args.quality_tokens)
+    need = max(*args.contexts, args.quality_tokens, args.loss_tokens)
     text = tokenizer.encode(words[: 8 * need])[:need]
     with tempfile.TemporaryDirectory() as folder:
         sides: dict[str, Side] = {}
@@ -412,8 +429,9 @@ def run(args: argparse.Namespace, path: Path) -> dict:
                 file = converted(path, kind, Path(folder)) if where == "llama.cpp" else path
                 sides[name] = Side(name, str(file))
             results = measure(
-                sides, text, args.contexts, args.new_tokens, args.rounds, args.quality_tokens
-            )
+                sides, text, args.contexts, args.new_tokens, args.rounds, args.quality_tokens,
+                args.loss_tokens,
+            )  # fmt: skip
         finally:
             for side in sides.values():
                 side.close()
@@ -432,6 +450,7 @@ def run(args: argparse.Namespace, path: Path) -> dict:
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
         "quality_tokens": args.quality_tokens,
+        "loss_tokens": args.loss_tokens,
         "targets": verdicts(results, args.contexts[0]),
         "results": results,
     }
