@@ -9,6 +9,8 @@ Letters: B batch, T time, V vocabulary, N steps.
 
     python -m ch01_gpt2.train                                    a small GPT-2 on built-in text
     python -m ch01_gpt2.train --text book.txt --out runs/book    later the same with --resume
+
+On several processes, with torchrun in place of python: distributed.py says how and with what.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ch01_gpt2 import distributed
 from ch01_gpt2.data import batch, decode, encode, in_order, load_text, split
 from ch01_gpt2.gpt2 import Config, Transformer, generate
 
@@ -175,25 +178,26 @@ def evaluate(model: nn.Module, tokens: Tensor, cfg: TrainConfig, bf16: bool = Fa
         raise ValueError(f"held-out text: {len(tokens)} tokens, expected 2 or more")
     was_training = model.training
     model.eval()
+    batches = map(distributed.own_rows, in_order(tokens, cfg.batch_size, cfg.seq_len))
     sums = [
-        token_losses(model, inputs_BT, targets_BT, bf16, "sum")
-        for inputs_BT, targets_BT in in_order(tokens, cfg.batch_size, cfg.seq_len)
+        token_losses(model, inputs_BT, targets_BT, bf16, "sum") for inputs_BT, targets_BT in batches
     ]
     model.train(was_training)
-    return torch.stack(sums).sum().item() / (len(tokens) - 1)
+    return distributed.total(torch.stack(sums).sum()).item() / (len(tokens) - 1)
 
 
 def train_step(run: Run, tokens: Tensor) -> None:
     """One batch forward and backward, one step of the optimizer. Nothing here waits for a GPU."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(run.step, run.cfg)
-    inputs_BT, targets_BT = batch(tokens, run.cfg.batch_size, run.cfg.seq_len, run.generator)
+    whole_batch = batch(tokens, run.cfg.batch_size, run.cfg.seq_len, run.generator)
+    inputs_BT, targets_BT = distributed.own_rows(whole_batch)
     loss = token_losses(run.model, inputs_BT, targets_BT, run.bf16)
     (loss if run.extra_loss is None else loss + run.extra_loss()).backward()
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.losses[run.step], run.grad_norms[run.step] = loss.detach(), grad_norm
+    run.losses[run.step], run.grad_norms[run.step] = loss.detach(), distributed.whole(grad_norm)
     run.step += 1
 
 
@@ -222,6 +226,7 @@ def train(
     progress: bool | None = None,
     log: bool = False,
     extra_loss: Callable[[], Tensor] | None = None,
+    fsdp: bool = False,
 ) -> TrainResult:
     """Trains the model in place on a text's tokens, 1-D int64, and leaves it in eval mode.
 
@@ -229,14 +234,16 @@ def train(
     saved at every evaluation and at Ctrl-C, before KeyboardInterrupt is raised; `resume` goes on
     from it. `progress` None: a bar on a terminal. `log`: prints a line an evaluation.
     `extra_loss`: called between a step's forward and backward, and added to its loss; the record
-    has the loss without it.
+    has the loss without it. Within distributed.processes() each process computes its rows of the
+    batches; `fsdp` cuts the model in parts for them, and leaves it so.
 
     Raises ValueError for a checkpoint that does not fit and for a text shorter than a sequence,
     FloatingPointError for a loss that is no number any more.
     """
     if resume and out is None:
         raise ValueError("resume: needs `out`, the folder with the checkpoint")
-    model.to(pick_device(device)).train()
+    distributed.check(cfg.batch_size, extra_loss)
+    model = distributed.spread(model, pick_device(device), fsdp).train()
     run = start_run(model, train_tokens, cfg)
     run.extra_loss = extra_loss
     if resume:
@@ -246,16 +253,19 @@ def train(
     if out:
         out.mkdir(parents=True, exist_ok=True)
     no_bar = None if progress is None else not progress  # None: where there is no terminal
+    if distributed.process() > 0:
+        no_bar = True
     with (
         tqdm(total=cfg.steps, initial=run.step, disable=no_bar) as bar,
         interrupts_between_steps() as interrupted,
     ):
         while run.step < cfg.steps:
-            start = time.perf_counter()
+            start, first = time.perf_counter(), run.step
             stop = min(run.step + cfg.eval_every - run.step % cfg.eval_every, cfg.steps)
-            while run.step < stop and not interrupted.is_set():
+            while run.step < stop and not distributed.any_set(interrupted):
                 train_step(run, train_tokens)
                 bar.update()
+            distributed.average(run.losses[first : run.step])  # so far, of this process's rows
             total_loss = run.losses.sum().item()  # waits for the device
             run.seconds += time.perf_counter() - start
             if run.step == stop:
@@ -266,11 +276,11 @@ def train(
                 )
             if out:
                 save_checkpoint(out / CHECKPOINT, run)
-            if interrupted.is_set():
+            if distributed.any_set(interrupted):
                 raise KeyboardInterrupt
     model.eval()
     result = result_of(run)
-    if out:
+    if out and distributed.process() == 0:
         result.save(out / RESULT)
     return result
 
@@ -319,7 +329,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def tensors_of(run: Run) -> dict[str, Tensor]:
     """A checkpoint's tensors by name: the run's own, but for copies of the random states."""
-    weights = dict(run.model.named_parameters()) | dict(run.model.named_buffers())
+    model = distributed.plain(run.model)
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
     names = {weight: name for name, weight in weights.items()}
     tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()}
     for param, moments in run.optimizer.state.items():
@@ -331,7 +342,10 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
 def save_checkpoint(path: Path, run: Run) -> None:
     """Writes the run to a safetensors file, whole or not at all."""
     header = {"settings": run.settings, "step": run.step, "val": run.val, "seconds": run.seconds}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(run).items()}
+    tensors = tensors_of(run) | distributed.gathered(run.model, run.optimizer)
+    if distributed.process() > 0:
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"run": json.dumps(header)})
 
@@ -364,7 +378,7 @@ def load_checkpoint(path: Path, run: Run) -> None:
     torch.set_rng_state(saved["rng.torch"])
     run.generator.set_state(saved["rng.batch"])
     for name, tensor in tensors.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(distributed.part_of(saved[name], tensor))
     run.step, run.val, run.seconds = step, val, header["seconds"]
 
 
@@ -377,27 +391,31 @@ def kind_of(tensor: Tensor | None) -> str:
 def interrupts_between_steps() -> Iterator[threading.Event]:
     """Ctrl-C sets the event and lets the step end, since half an update cannot be resumed.
 
-    The second Ctrl-C acts at once. Outside the main thread, Python delivers none.
+    The second Ctrl-C acts at once. Outside the main thread, Python delivers none. Where torchrun
+    has started several processes, SIGTERM, with which it ends them, is taken like Ctrl-C.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in distributed.stop_signals()}
 
-    def on_interrupt(*_: object) -> None:
+    def on_interrupt(number: int, *_: object) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_interrupt)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def model_config(model: nn.Module) -> dict:
     """The fields of model.cfg, or none where a model has no such thing."""
+    model = distributed.plain(model)
     return asdict(model.cfg) if hasattr(model, "cfg") else {}
 
 
@@ -418,7 +436,8 @@ def result_of(run: Run) -> TrainResult:
         train_config=run.cfg,
         model_config=model_config(run.model),
         environment=environment(run.losses.device)
-        | {"bf16": run.bf16, "text": run.settings["text"], "seed": run.cfg.seed},
+        | {"bf16": run.bf16, "text": run.settings["text"], "seed": run.cfg.seed}
+        | {"processes": distributed.n_processes()},
     )
 
 
@@ -495,7 +514,9 @@ def train_gpt2(args: argparse.Namespace) -> None:
         raise ValueError(f"d-model: {args.d_model}, expected a multiple of 32")
     if args.resume and args.out is None:
         raise ValueError("--resume: expected --out, the folder with the checkpoint")
-    if args.out and not args.resume and (args.out / CHECKPOINT).exists():
+    found = args.out is not None and (args.out / CHECKPOINT).exists()
+    resume = args.resume or (found and distributed.n_restarts() > 0)
+    if found and not resume:
         raise ValueError(f"{args.out / CHECKPOINT} exists: add --resume or name another --out")
     train_tokens, val_tokens = split(encode(load_text(args.text), args.n_vocab))
     torch.manual_seed(args.seed)
@@ -513,8 +534,14 @@ def train_gpt2(args: argparse.Namespace) -> None:
     n_params = sum(param.numel() for param in model.parameters())
     print(f"{n_params:,} parameters, {len(train_tokens):,} tokens of text")
     print(f"a blind guess costs ln {args.n_vocab} = {math.log(args.n_vocab):.3f} nats")
-    where = {"device": args.device, "out": args.out, "resume": args.resume}
-    result = train(model, train_tokens, val_tokens, cfg, log=True, **where)
+    kernels = nullcontext()
+    if args.fused:
+        from ch01_gpt2.throughput import fused  # here, since it imports this file
+
+        kernels = fused()
+    where = {"device": args.device, "out": args.out, "resume": resume, "fsdp": args.fsdp}
+    with kernels:
+        result = train(model, train_tokens, val_tokens, cfg, log=True, **where)
     print(f"{result.tokens_per_s:,.0f} tokens/s on {result.environment['hardware']}\n")
     prompt_1T = val_tokens[None, : max(args.seq_len // 4, 1)].to(result.environment["device"])
     n_new = args.seq_len - prompt_1T.shape[1] + 1  # the last one is not fed to the model
@@ -539,9 +566,12 @@ def main() -> None:
     add("--device", help="cuda, mps or cpu; default: the first of them that is here")
     add("--out", type=Path, metavar="DIR", help=f"where to write {CHECKPOINT} and {RESULT}")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--fused", action="store_true", help="torch's attention and norm; equal but for rounding")
+    add("--fsdp", action="store_true", help="with torchrun: each process keeps a part of the model")
     args = parser.parse_args()
     try:
-        train_gpt2(args)
+        with distributed.processes():
+            train_gpt2(args)
     except KeyboardInterrupt:
         saved = args.out is not None and (args.out / CHECKPOINT).exists()
         print("interrupted" + "; --resume goes on" * saved, file=sys.stderr)

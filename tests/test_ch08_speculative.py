@@ -1,9 +1,12 @@
 """Speculative decoding: the text of generate and its cache, whatever the draft says."""
 
+import copy
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from ch08_full_models import (
     olmo2,
     qwen3,
     smollm3,
-
+    speculative_demo,
 )
 from ch08_full_models.checkpoint import family_of, load
 from ch08_full_models.speculative import (
@@ -82,9 +85,12 @@ def made(cfg: object, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = sys.modules[type(cfg).__module__].Transformer(cfg).eval()
     with torch.no_grad():
-        for param in model.parameters():
+        for name, param in model.named_parameters():
             # Norm weights of either sign: else a tied model repeats its last token.
-            param += torch.randn_like(param) * (1.0 if param.ndim == 1 else 0.3)
+            is_norm = name.endswith("norm.weight")
+            param += torch.randn_like(param) * (1.0 if is_norm else 0.3)
+            if name == "norm.weight":
+                param.normal_()
     return model
 
 
@@ -105,6 +111,7 @@ def text(new: Iterator[Tensor]) -> list[int]:
 
 
 def plain(model: nn.Module, n_new: int = N_NEW, **options: object) -> list[int]:
+    """What the family's generate says."""
     return text(family_of(model).generate(model, prompt(), n_new, **options))
 
 
@@ -138,12 +145,13 @@ class Scripted(Draft):
         return guesses[:, :n]
 
 
-@pytest.mark.parametrize("wrong", [99, 0, 1, 3, "drawn"])
-@pytest.mark.parametrize("n_draft", [1, 4, 11])
-def test_the_text_is_that_of_generate(model: nn.Module, wrong: int | str, n_draft: int) -> None:
+@pytest.mark.parametrize(
+    ("n_draft", "wrong"), [(1, 0), (4, 99), (4, 0), (4, 1), (4, "drawn"), (11, 99), (11, "drawn")]
+)
+def test_the_text_is_that_of_generate(model: nn.Module, n_draft: int, wrong: int | str) -> None:
     """Guards every family: guesses right, wrong, half right, and rings that they overwrite."""
     expected = plain(model)
-    assert len(set(expected)) > 5
+    assert len(set(expected)) > 4
     draft = Scripted(expected, wrong)
     cache = model.new_cache()
     found = text(speculate(model, prompt(), N_NEW, draft, n_draft, cache=cache))
@@ -168,38 +176,38 @@ def shortest_window(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_before", [3, 5, 8, 13, 29])
+@pytest.mark.parametrize("n_before", [3, 5, 8, 29])
 def test_rolled_back_is_never_read(model: nn.Module, n_before: int) -> None:
     """Guards roll_back alone: later logits are those of a cache that never saw what was dropped.
 
     n_before lies before the shortest ring is full, at its end, and after many turns of it.
     """
     tokens = torch.randint(37, (1, 60))
-    for n_read in range(1, min(shortest_window(model), 6) + 1):
-        for n_kept in range(n_read + 1):
-            clean, dirty = model.new_cache(), model.new_cache()
-            model(tokens[:, :n_before], clean)
-            model(tokens[:, :n_before], dirty)
-            layers = dirty[: model.cfg.n_layers]
-            saved = overwritten(layers, n_read)
-            right, wrong = tokens[:, n_before:], 36 - tokens[:, n_before:]
-            model(torch.cat((right[:, :n_kept], wrong[:, n_kept:n_read]), dim=1), dirty)
-            roll_back(layers, n_read - n_kept, saved)
-            if n_kept:
-                model(right[:, :n_kept], clean)
-            for size in (1, 2, 4, 1):  # one by one from a ring, and several
-                at = n_before + n_kept
-                found, expected = (model(tokens[:, at : at + size], c) for c in (dirty, clean))
-                assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-                n_kept += size
+    clean = model.new_cache()
+    model(tokens[:, :n_before], clean)
+    n_read = min(shortest_window(model), 6)
+    for n_kept in (0, 1, n_read - 1):
+        dirty = copy.deepcopy(clean)
+        layers = dirty[: model.cfg.n_layers]
+        saved = overwritten(layers, n_read)
+        right, wrong = tokens[:, n_before:], 36 - tokens[:, n_before:]
+        model(torch.cat((right[:, :n_kept], wrong[:, n_kept:n_read]), dim=1), dirty)
+        roll_back(layers, n_read - n_kept, saved)
+        caches = dirty, copy.deepcopy(clean)
+        if n_kept:
+            model(right[:, :n_kept], caches[1])
+        at = n_before + n_kept
+        for size in (1, 3, 1):  # one by one from a ring, and several
+            found, expected = (model(tokens[:, at : at + size], cache) for cache in caches)
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+            at += size
 
 
 def test_rejected_guesses_leave_no_trace(model: nn.Module) -> None:
     """Guards the whole: where the listener leaves, the cache goes on as generate's does."""
     expected = plain(model)
-    for n_heard in (1, 2, 7, 8, 9, 10, 23):
+    for n_heard in (1, 2, 8, 9, 23):
         caches = [model.new_cache(), model.new_cache()]
-        family_of(model).generate
         theirs = family_of(model).generate(model, prompt(), N_NEW, cache=caches[0])
         draft = Scripted(expected, 3)
         ours = speculate(model, prompt(), N_NEW, draft, cache=caches[1])
@@ -217,29 +225,31 @@ def test_rejected_guesses_leave_no_trace(model: nn.Module) -> None:
 def drafts(model: nn.Module) -> dict[str, Draft]:
     """One of each kind that can draft for the model; the smaller model has windows, too."""
     smaller = made(replace(CONFIGS["gemma3"], n_layers=2), seed=1)
-    kinds = {
-        "lookup": PromptLookup(2, 1),
-        "smaller": DraftModel(smaller),
-        "itself": DraftModel(model),
-        "as large": DraftModel(made(model.cfg, seed=1)),
-    }
+    kinds = {"lookup": PromptLookup(2, 1), "smaller": DraftModel(smaller)}
+    kinds["itself"] = DraftModel(model)
     return kinds | ({"mtp": MTP()} if getattr(model.cfg, "n_mtp", 0) else {})
+
+
+def converse(
+    generate: Callable[..., Iterator[Tensor]], model: nn.Module, n_heard: tuple[int, ...]
+) -> list[list[int]]:
+    """What is heard in each turn of a conversation in which no answer is heard to its end."""
+    cache, new, answers = model.new_cache(), prompt(), []
+    for n in n_heard:
+        answer = list(itertools.islice(generate(model, new, 30, cache=cache), n))
+        answers.append(text(iter(answer)))
+        new = torch.cat((answer[-1], prompt(2)), dim=1)
+    return answers
 
 
 def test_drafts_over_several_turns(model: nn.Module) -> None:
     """Guards each kind of draft through a conversation: left mid-way, gone on with, begun anew."""
+    turns = (6, 13, 2, 9)
+    expected = converse(family_of(model).generate, model, turns)
     for name, draft in drafts(model).items():
-        for _ in range(2):  # the second conversation finds a draft that has been through one
-            caches = [model.new_cache(), model.new_cache()]
-            new = prompt()
-            for n_heard in (6, 13, 2, 9):
-                theirs = family_of(model).generate(model, new, 30, cache=caches[0])
-                ours = speculate(model, new, 30, draft, 3, cache=caches[1])
-                for _ in range(n_heard):
-                    last_11 = next(theirs)
-                    assert int(next(ours)) == int(last_11), name
-                ours.close()
-                new = torch.cat((last_11, prompt(2)), dim=1)
+        for some in (turns, turns[:2]):  # the second finds a draft that has been through one
+            ours = partial(speculate, draft=draft, n_draft=3)
+            assert converse(ours, model, some) == expected[: len(some)], name
         if name == "itself":
             assert draft.n_accepted == draft.n_drafted > 0
 
@@ -469,14 +479,14 @@ def test_what_cannot_be_rolled_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_real_models(name: str, gguf_path) -> None:
+def test_real_models(name: str, gguf_path: Callable[[str], Path]) -> None:
     """Guards the same text on real weights, in float32, where some guesses are right."""
     model, tokenizer = load(gguf_path(name), dtype="float32", device="cpu")
     tokens = tokenizer.encode("one, two, three, four, five. Once more: one, two,")
     tokens_1T = torch.tensor([tokens])
-    expected = text(family_of(model).generate(model, tokens_1T, 24))
+    expected = text(family_of(model).generate(model, tokens_1T, 12))
     draft = PromptLookup()
-    assert text(speculate(model, tokens_1T, 24, draft)) == expected
+    assert text(speculate(model, tokens_1T, 12, draft)) == expected
     assert draft.n_accepted > 3
 
 
@@ -486,7 +496,7 @@ def test_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["speculative_demo", "--smoke", "--out", str(out)])
     speculative_demo.main()
     record = json.loads(out.read_text(encoding="utf-8"))
-    assert list(record) == ["environment", "settings", "forward", "real", "trained"]
+    assert list(record) == ["environment", "settings", "forward", "real", "bfloat16", "trained"]
     for run in [*record["real"], *record["trained"]]:
         assert run["same_text"] and run["tokens_per_forward"] >= 1
         assert 0 <= run["accepted"] <= run["drafted"]
