@@ -32,6 +32,7 @@ from tests.exercise import (
     parse,
     reference_source,
     replaced,
+    without_twins,
 )
 from tests.shapes import axes
 
@@ -132,7 +133,8 @@ class Oracle:
                 more = chapter_sources(other, self.root)
                 more[other.module] = blanked(more[other.module], targets)
                 sources = more | sources
-        return sources
+        plain = reference_source(self.exercise, self.root)
+        return without_twins(sources, self.exercise, plain)
 
     def job(self, submission: str, name: str) -> worker.Job:
         """For the worker: the submission's own definition among the reference's others."""
@@ -405,6 +407,7 @@ class Result:
     written: bool = True
     lines: list[str] = field(default_factory=list)  # what concerns the exercise as a whole
     mutant: str | None = None  # the known mistake that the answer makes
+    resembles: str | None = None  # the known mistake that it makes where it fails first
     later: bool = False  # written, but checked only when it is handed in
 
     @property
@@ -457,6 +460,9 @@ def judge(oracle: Oracle, found: list[Answer], submission: str, name: str, end: 
             check.counted = False
     if not result.passed:
         result.mutant = recognised(oracle, got)
+        if result.mutant is None:
+            failed = next(check.name for check in checks if not check.passed)
+            result.resembles = resembled(oracle, got, failed)
     return result
 
 
@@ -499,6 +505,8 @@ def before_running(exercise: Exercise, submission: str, name: str) -> tuple[list
 def error_lines(answer: Answer, submission: str, name: str) -> list[str]:
     """An exception, with the learner's line where it arose."""
     message = answer["message"].split("\n")[0]
+    if answer["error"] == "NotImplementedError" and message.endswith(" is not written yet"):
+        return [f"uses {message.removesuffix(' is not written yet')}, which is to be written first"]
     lines = [f"{answer['error']}: {message}" if message else answer["error"]]
     source = submission.splitlines()
     for n in answer.get("lines", [])[-1:]:
@@ -528,6 +536,20 @@ def recognised(oracle: Oracle, got: list[Answer]) -> str | None:
         ):
             return name
     return None
+
+
+def resembled(oracle: Oracle, got: list[Answer], check: str) -> str | None:
+    """The mutant that answers a check as this answer does, wrongly; of several the most alike."""
+    tolerance, best = oracle.exercise.tolerance, (0, None)
+    own = [i for i, (name, _) in enumerate(oracle.calls) if name == check]
+    if len(got) < len(oracle.calls):
+        return None
+    for name, answers in oracle.mutants.items():
+        wrong = any(not equal(answers[i], oracle.expected[i], tolerance) for i in own)
+        if wrong and all(equal(answers[i], got[i], tolerance) for i in own):
+            alike = sum(equal(a, b, tolerance) for a, b in zip(answers, got, strict=True))
+            best = max(best, (alike, name), key=lambda pair: pair[0])
+    return best[1]
 
 
 def report(result: Result, points: bool = True) -> list[str]:
@@ -564,10 +586,13 @@ def lines_of(result: Result, points: bool) -> list[str]:
         else:
             lines.append(f"    {check.name}: {check.lines[0]}")
             lines += [f"        {line}" for line in check.lines[1:]]
-    says = {m.name: m.says for m in exercise.mutants}.get(result.mutant)
-    if says:
-        lines.append("    A known mistake gives exactly this:")
-        lines += [f"        {line}" for line in says.splitlines()]
+    says = {m.name: m.says for m in exercise.mutants}
+    if result.mutant or result.resembles:
+        head = "gives exactly this" if result.mutant else "gives this where it first goes wrong"
+        lines.append(f"    A known mistake {head}:")
+        lines += [
+            f"        {line}" for line in says[result.mutant or result.resembles].splitlines()
+        ]
     return lines
 
 

@@ -14,7 +14,18 @@ from pathlib import Path
 
 from tests import worker
 from tests.checking import Answer, Oracle, chapter_sources
-from tests.exercise import ROOT, Exercise, ExerciseError, blanked, definition, is_blank, load
+from tests.exercise import (
+    ROOT,
+    Exercise,
+    ExerciseError,
+    blanked,
+    definition,
+    is_blank,
+    load,
+    parse,
+    reference_source,
+    without_twins,
+)
 
 RECORDING = Path("tests") / "expected"  # which only a hand-out has
 
@@ -90,9 +101,12 @@ class Recorded(Oracle):
         job.take = {self.exercise.module: [self.exercise.target]}
         for other in load(self.exercise.chapter, self.root):
             node = definition(body, other.target)
-            known = job.take.setdefault(other.module, [])
-            if node is not None and not is_blank(node) and other.target not in known:
-                if other.module in job.modules:
+            if node is None or is_blank(node):
+                continue
+            for module, source in job.modules.items():  # some files have it as well, with a gap
+                gap = definition(parse(source).body, other.target)
+                known = job.take.setdefault(module, [])
+                if gap is not None and is_blank(gap) and other.target not in known:
                     known.append(other.target)
         return job
 
@@ -119,6 +133,8 @@ def uses_others(oracle: Oracle) -> bool:
     sources = chapter_sources(own, oracle.root) | {own.module: oracle.reference}
     for other in load(own.chapter, oracle.root):
         if other.name != own.name and other.module in sources:
+            plain = reference_source(other, oracle.root)
+            sources = without_twins(sources, other, plain)
             sources[other.module] = blanked(sources[other.module], [other.target])
     job = worker.Job(sources, own.module, oracle.driver, own.name, oracle.fresh_calls())
     return any("is not written yet" in a.get("message", "") for a in worker.answers(job))

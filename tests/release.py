@@ -30,9 +30,10 @@ from tests.exercise import (
     segment,
     stub_imports,
     stubs,
+    without_twins,
 )
 from tests.grade import Course, checked_overlay, grade_text
-from tests.handout import RECORDING, as_text, recorded
+from tests.handout import RECORDING, as_text, recorded, uses_others
 
 # What a hand-out needs of this package. None of it knows a solution.
 STUDENT_FILES = (
@@ -131,6 +132,8 @@ def student_modules(course: Course) -> dict[str, str]:
         if course.variant and exercise.variant:
             module = exercise.module
             sources[module] = replaced(sources[module], exercise.target, exercise.variant.replace)
+    for exercise in course.exercises:
+        sources = without_twins(sources, exercise, reference_source(exercise, ROOT))
     for module in {e.module for e in course.exercises}:
         targets = [e.target for e in course.exercises if e.module == module]
         sources[module] = blanked(sources[module], targets)
@@ -169,7 +172,8 @@ def write_handout(folder: Path, course: Course) -> None:
     short = chapter[:4]
     for name, text in student_modules(course).items():
         write_text(folder / name, text)
-    stub_text = stubs(chapter, ROOT, course.variant).replace(f" {short} --stubs", " release")
+    made = f"\nMade from the chapter's files by `python -m tests start {short} --stubs`.\n"
+    stub_text = stubs(chapter, ROOT, course.variant).replace(made, "")
     write_text(folder / chapter / "exercises.py", stub_text)
     write_text(folder / chapter / "exercises.json", as_json(student_exercises(course)))
     for name in (*STUDENT_FILES, f"cases/{short}"):
@@ -220,6 +224,12 @@ def student_text(course: Course) -> str:
         f"| {n} | `{e.name}` | {e.title} | {e.points} | {e.minutes} | {e.difficulty} |"
         for n, e in enumerate(course.exercises, 1)
     )
+    users = [
+        f"`{e.name}`"
+        for e in course.exercises
+        if uses_others(Oracle(e, course.seed, course.variant))
+    ]
+    needs = f", and {', '.join(users)} will need some of those" if users else ""
     tasks = "\n\n".join(
         text_of(e, n, course.variant).split("\n\n<details>")[0]
         for n, e in enumerate(course.exercises, 1)
@@ -251,7 +261,8 @@ An exercise counts only if the first of its checks passes. Your answers are grad
 inputs than those which you see here, so numbers that are copied are wrong there. You may define \
 helpers of your own beside the gaps. In a class, only the method with the gap is yours; the rest \
 of the class is taken as it was given. Files of this folder other than `my_{topic}.py` are not \
-looked at.
+looked at. Here an exercise runs among your other answers{needs}. Tasks that speak of the \
+chapter's notebook and its stops mean the book's.
 
 ## The exercises
 

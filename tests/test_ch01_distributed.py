@@ -29,7 +29,7 @@ from ch01_gpt2.train import CHECKPOINT, RESULT, TrainConfig, TrainResult, evalua
 from ch06_moe import moe
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 200  # only against a hang
+SECONDS = 400  # only against a hang
 SMALL = Config(
     vocab_size=32, max_seq_len=16, n_layers=2, d_model=16, n_heads=2, head_dim=8, d_ff=32
 )
@@ -112,7 +112,9 @@ def work_together(folder: Path) -> None:
             trained(model, folder / way, **options)
             tokens_1T = some_tokens()[None, :4]
             text = [int(token) for token in generate(model, tokens_1T, 8)]
-            (folder / f"{way}-{distributed.process()}.json").write_text(json.dumps(text))
+            (folder / f"{way}-{distributed.process()}.json").write_text(
+                json.dumps(text), encoding="utf-8"
+            )
             stopped(folder / f"{way}-stopped", **options)
             trained(with_seed(99), folder / f"one-to-{way}", resume=True, **options)
             trained(sparse_model(), folder / f"{way}-sparse", **options)
@@ -131,7 +133,7 @@ def work_and_die(folder: Path) -> None:
         if (attempt, rank, run.step) == (0, 1, 10):
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 0:
-            with (folder / "steps").open("a") as file:
+            with (folder / "steps").open("a", encoding="utf-8") as file:
                 print(attempt, run.step, file=file)
         train_step(run, tokens)
 
@@ -295,7 +297,7 @@ def test_the_trained_model_is_an_ordinary_one(way: str, folder: Path) -> None:
     assert loss == pytest.approx(record(folder / way)["final_val_loss"], abs=1e-5)
     text = [int(token) for token in generate(model, some_tokens()[None, :4], 8)]
     for process in range(2):
-        assert json.loads((folder / f"{way}-{process}.json").read_text()) == text
+        assert json.loads((folder / f"{way}-{process}.json").read_text(encoding="utf-8")) == text
 
 
 # The command
@@ -313,7 +315,7 @@ def test_killed_processes_are_started_again(
     process = torchrun("tests.test_ch01_distributed", "die", tmp_path)
     out, err = finished(process)
     assert process.returncode == 0, err
-    steps = [tuple(map(int, line.split())) for line in (tmp_path / "steps").open()]
+    steps = [tuple(map(int, line.split())) for line in (tmp_path / "steps").open(encoding="utf-8")]
     whole_steps = [step for step in steps if step != (0, 10)]  # the last one may have begun
     assert whole_steps == (
         [(0, step) for step in range(10)]

@@ -213,6 +213,7 @@ class sample_token:
             rows = logits_BV.repeat(100, 1)
             return m.sample(rows, temperature, top_k, top_p, generator).tolist()
 
+        torch.rand(1)  # so that setting the global seed anew shows
         before = torch.get_rng_state()
         first = draw(seed)
         untouched = torch.equal(before, torch.get_rng_state())
