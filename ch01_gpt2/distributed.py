@@ -162,7 +162,7 @@ def total(tensor: Tensor) -> Tensor:
 
 def average(tensor: Tensor) -> None:
     """Makes the tensor the mean over the processes."""
-    if n_processes() > 1:
+    if n_processes() > 1 and tensor.numel():  # none, where a signal came before the first step
         total(tensor).div_(n_processes())
 
 
