@@ -1,12 +1,14 @@
 """Every exercise: solvable, not solved by nothing, and its mistakes are caught and recognised."""
 
 import ast
+import json
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.cells import PREFIX, exercise_cells
 from tests.checking import CheckResult, Oracle, check_here, difference, judge
 from tests.exercise import (
     ROOT,
@@ -70,6 +72,15 @@ def test_chapter_has_enough(chapter: str) -> None:
 def test_stubs_are_up_to_date(chapter: str) -> None:
     """`python -m tests start --stubs` writes them."""
     assert (ROOT / chapter / "exercises.py").read_text(encoding="utf-8") == stubs(chapter)
+
+
+@pytest.mark.parametrize("chapter", chapter_folders())
+def test_notebook_has_the_exercises(chapter: str) -> None:
+    """The last stop's cells are those of exercises.toml; `start --stubs` writes them."""
+    path = ROOT / chapter / f"{chapter.split('_', 1)[1]}.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = {c["id"]: "".join(c["source"]) for c in cells if c["id"].startswith(PREFIX)}
+    assert found == {c["id"]: c["source"] for c in exercise_cells(chapter)}
 
 
 @each
