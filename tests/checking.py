@@ -559,7 +559,8 @@ def report(result: Result, points: bool = True) -> list[str]:
     get through.
     """
     return [
-        "".join(c if c.isprintable() else "?" for c in line) for line in lines_of(result, points)
+        "".join(c if c.isprintable() else "?" for c in line[:500])
+        for line in lines_of(result, points)
     ]
 
 
