@@ -368,7 +368,7 @@ def test_default_dtype_without_a_word_in_the_config(copy: Path) -> None:
 def test_quantize(kind: str, tiny: Path) -> None:
     """Guards that load's third option reaches speed.py."""
     model, _ = load(tiny, device="cpu", quantize=kind)
-    assert type(model.blocks[0].mlp.up_proj).__name__.lower() == f"{kind}linear"
+    assert type(model.blocks[0].mlp.up_proj).__name__.lower() == f"{kind}matrix"
 
 
 def test_quantize_what_cannot_be(tmp_path: Path) -> None:
