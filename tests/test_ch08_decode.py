@@ -1,0 +1,247 @@
+"""The step of one token: other ways, the same logits, and all of it undone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ch08_full_models import decode, deepseek_v3, gemma3, llama3, llama4, olmo2, qwen3, smollm3
+from ch08_full_models.checkpoint import family_of
+from ch08_full_models.decode import compiled_steps, grouped_attention, plain_decode, two_step_head
+from ch08_full_models.speed import VectorWeight, quantize, vector_products
+
+SMALL = {"vocab_size": 224, "n_layers": 3, "d_model": 64, "n_heads": 4, "d_ff": 96}
+GROUPED = SMALL | {"n_kv_heads": 2, "head_dim": 32}
+MODELS = {  # windows and chunks are shorter than the texts; every family without experts
+    "llama3": (llama3, GROUPED),
+    "mistral": (llama3, GROUPED | {"windows": (6,)}),
+    "qwen3": (qwen3, GROUPED),
+    "gemma3": (gemma3, GROUPED | {"windows": (6, 6, None)}),
+    "gemma2": (gemma3, GROUPED | {"windows": (6, None), "attn_cap": 5.0, "logit_cap": 9.0}),
+    "olmo2": (olmo2, GROUPED),
+    "smollm3": (smollm3, GROUPED),
+    "llama4": (llama4, GROUPED | {"chunks": (6, 6, None), "sparse": (False,)}),
+    "deepseek_v3": (
+        deepseek_v3,
+        SMALL | {"head_dim": 32, "d_rope": 16, "d_value": 32, "d_latent": 32, "d_q_latent": 48,
+                 "n_experts": 0},
+    ),
+}  # fmt: skip
+
+
+def small_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A model with random weights, large enough that its logits differ."""
+    torch.manual_seed(0)
+    family, sizes = MODELS[name]
+    model = family.Transformer(family.Config(**sizes)).eval()
+    for param in model.parameters():
+        if param.ndim > 1:
+            param.data.normal_(std=0.2)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def step_by_step(model, tokens_BT, n_first=4, n_pad_B=None):
+    """Logits of a prompt and then one token after the other, (B, T, V)."""
+    cache = model.new_cache(n_pad_B)
+    sizes = (n_first, *(1,) * (tokens_BT.shape[1] - n_first))
+    return torch.cat([model(part, cache) for part in tokens_BT.split(sizes, 1)], dim=1)
+
+
+def close(a, b, dtype=torch.float32):
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+# Grouped attention
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_grouped_attention_keeps_the_logits(name, batch):
+    model = small_model(name)
+    n_pad_B = None if batch == "one" else torch.tensor([0, 3])
+    tokens_BT = torch.randint(0, 224, (1 if batch == "one" else 2, 15))
+    before = step_by_step(model, tokens_BT, n_pad_B=n_pad_B)
+    grouped_attention(model)
+    after = step_by_step(model, tokens_BT, n_pad_B=n_pad_B)
+    if n_pad_B is not None:  # padding predicts nothing
+        before, after = before[:, 3:], after[:, 3:]
+    assert close(after, before)
+    assert family_of(model) is MODELS[name][0]
+
+
+def test_grouped_attention_reads_each_key_head_once(monkeypatch):
+    """The kernel gets two key heads and the four query heads as two rows each."""
+    model, shapes = grouped_attention(small_model("llama3")), []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        shapes.append((tuple(q.shape), tuple(k.shape)))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    step_by_step(model, torch.randint(0, 224, (1, 6)))
+    assert shapes[:3] == [((1, 4, 4, 32), (1, 2, 4, 32))] * 3  # the prompt: the family's own
+    assert shapes[3:] == [((1, 2, 2, 32), (1, 2, n, 32)) for n in (5, 6) for _ in range(3)]
+
+
+# The head in two steps
+
+
+def exact_head(model):
+    """What the model multiplies the last state with, in float64, (V, D)."""
+    return getattr(model, "head", model.embed).weight.detach().double()
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "deepseek_v3"])
+def test_two_steps_find_the_likeliest_token(name):
+    """On 300 states, that of the full product; the largest logit is exact, the others near."""
+    model = vector_products(small_model(name, torch.bfloat16))
+    head = model.head if hasattr(model, "head") else model.embed
+    weight = head.weight.detach().as_subclass(torch.Tensor)
+    two_step_head(model)
+    found = model.head if hasattr(model, "head") else model.embed
+    with torch.no_grad():
+        for seed in range(300):
+            x_11D = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            rough_V = F.linear(x_11D, found.weight)[0, 0]
+            full_V = torch.mv(weight, x_11D.flatten())
+            assert rough_V.argmax() == full_V.argmax()
+            assert rough_V.max() == full_V.max()
+            assert (rough_V - full_V).abs().max() < 0.5 * full_V.abs().max()
+
+
+def test_the_bound_holds_and_decides():
+    """Every word's exact logit lies within the bound, for states that make it as bad as can be."""
+    torch.manual_seed(0)
+    w_VD = torch.randn(64, 64).bfloat16()
+    pairs, step_zero_GV2, error_V = decode.rough_copy(w_VD)
+    rough_VD = torch._weight_int4pack_mm_for_cpu(
+        torch.eye(64).bfloat16(), pairs, decode.SCAN_GROUP, step_zero_GV2
+    ).T.double()
+    off_VD = rough_VD - w_VD.double()
+    assert torch.allclose(off_VD.norm(dim=1), error_V.double(), rtol=0.05)
+    # The worst state for a word points along its own error: then the bound is reached, not passed.
+    worst_VD = (off_VD / off_VD.norm(dim=1, keepdim=True)).bfloat16()
+    logit_V = torch._weight_int4pack_mm_for_cpu(
+        worst_VD.contiguous(), pairs, decode.SCAN_GROUP, step_zero_GV2
+    ).diagonal()
+    exact_V = (w_VD.double() * worst_VD.double()).sum(dim=1)
+    share_V = (logit_V - exact_V).abs() / error_V
+    assert share_V.max() < 1.2 and share_V.median() > 0.8
+
+
+def test_a_rival_that_the_rough_product_prefers_loses():
+    """Two words whose rough logits stand in the wrong order."""
+    torch.manual_seed(1)
+    w_VD = torch.randn(512, 64).bfloat16()
+    x_VD = torch.randn(400, 64).bfloat16()
+    copy_of_it, fooled = decode.rough_copy(w_VD), 0
+    for x_D in x_VD:
+        rough_V = torch._weight_int4pack_mm_for_cpu(
+            x_D[None], copy_of_it[0], decode.SCAN_GROUP, copy_of_it[1]
+        )[0]
+        best = torch.mv(w_VD, x_D).argmax()
+        fooled += int(rough_V.argmax() != best)
+        assert decode.two_step(x_D, w_VD, *copy_of_it).argmax() == best
+    assert fooled > 3  # else this test shows nothing
+
+
+def test_where_too_many_words_can_win_the_product_is_the_full_one():
+    w_VD = torch.ones(64, 64).bfloat16() + 0.01 * torch.randn(64, 64).bfloat16()
+    x_D = torch.randn(64).bfloat16()
+    logit_V = decode.two_step(x_D, w_VD, *decode.rough_copy(w_VD))
+    assert torch.equal(logit_V, torch.mv(w_VD, x_D))
+
+
+def test_a_head_in_two_steps_refuses():
+    with pytest.raises(ValueError, match="bfloat16"):
+        two_step_head(small_model("llama3"))
+    with pytest.raises(ValueError, match="bfloat16"):
+        two_step_head(quantize(small_model("gemma3", torch.bfloat16), "int8"))
+    narrow = llama3.Transformer(llama3.Config(**(GROUPED | {"d_model": 72}))).bfloat16()
+    with pytest.raises(ValueError, match="72"):
+        two_step_head(narrow)
+
+
+# One compiled function
+
+CAPTURE = "eager"  # the graph is captured and run as it is: no C++ compiler, and seconds less
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_steps_keep_the_logits(name):
+    """From a prompt within the window to texts beyond it, with one compiled function."""
+    model, tokens_BT = small_model(name), torch.randint(0, 224, (1, 14))
+    before = step_by_step(model, tokens_BT)
+    torch.compiler.reset()
+    compiled_steps(grouped_attention(model), CAPTURE)
+    torch._dynamo.utils.counters.clear()
+    after = step_by_step(model, tokens_BT)
+    assert close(after, before)
+    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= n_graphs <= 3  # not one for each length
+    assert family_of(model) is MODELS[name][0]
+
+
+def test_the_compiled_function_is_what_runs(monkeypatch):
+    """One call a token; prompts, batches, padding and gradients take the model's own forward."""
+    model, calls = compiled_steps(small_model("llama3"), CAPTURE), []
+    kind = type(model)
+    monkeypatch.setattr(kind, "step", staticmethod(lambda *a: calls.append(1) or torch.zeros(1)))
+    with torch.no_grad():
+        for tokens_BT, n_pad_B in (
+            (torch.zeros(2, 1, dtype=torch.long), None),
+            (torch.zeros(1, 1, dtype=torch.long), torch.tensor([1])),
+        ):
+            cache = model.new_cache(n_pad_B)
+            model(tokens_BT.expand(-1, 3), cache)
+            model(tokens_BT, cache)
+        assert not calls
+        cache = model.new_cache()
+        model(torch.zeros(1, 3, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        assert len(calls) == 1
+    model(torch.zeros(1, 1, dtype=torch.long), cache)  # with gradients
+    model(torch.zeros(1, 1, dtype=torch.long))  # no cache
+    assert len(calls) == 1
+
+
+def test_a_model_with_experts_is_refused():
+    model = qwen3.Transformer(
+        qwen3.Config(**GROUPED, sparse=(True,), n_experts=4, n_active=2, d_expert=32)
+    )
+    with pytest.raises(ValueError, match="experts"):
+        compiled_steps(model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float"])
+def test_generated_code_keeps_the_logits(kind):
+    """With the real compiler: everything at once, against the plain model."""
+    model = small_model("gemma3", torch.bfloat16)
+    model = vector_products(model) if kind == "float" else quantize(model, kind)
+    tokens_BT = torch.randint(0, 224, (1, 14))
+    before = step_by_step(model, tokens_BT)
+    torch.compiler.reset()
+    grouped_attention(model)
+    after = step_by_step(compiled_steps(model), tokens_BT)
+    assert close(after, before, torch.bfloat16)
+    if kind == "float":
+        plain_decode(model)
+        quick = step_by_step(compiled_steps(two_step_head(model)), tokens_BT)
+        largest = [logits.amax(dim=-1) for logits in (quick, before)]
+        assert close(*largest, torch.bfloat16)
+        assert not torch.equal(quick, after)  # the others are rough
+
+
+def test_plain_decode_takes_everything_back():
+    model = vector_products(small_model("gemma3", torch.bfloat16))
+    before, tokens_BT = copy.deepcopy(model), torch.randint(0, 224, (1, 12))
+    compiled_steps(two_step_head(grouped_attention(model)), CAPTURE)
+    plain_decode(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert [type(p) for p in model.parameters()] == [type(p) for p in before.parameters()]
+    assert isinstance(model.embed.weight, VectorWeight)
+    assert torch.equal(step_by_step(model, tokens_BT), step_by_step(before, tokens_BT))
