@@ -11,7 +11,8 @@ Loading takes little more memory than the weights. The model is laid out without
 so are the stored tensors: names and shapes must fit before anything is read. Then each tensor is
 read straight into its place, or, where the model has its numbers in another order, part by part.
 The files are read, not mapped into memory, since the pages of a map that have been touched count as
-this process's memory.
+this process's memory. With `quantize` the places are matrices of integers, and a matrix's floats
+are never all there: some rows are read, become integers, and make room for the next ones.
 
 FP8 (DeepSeek-V3): a matrix `x.weight` of 8-bit floats comes with `x.weight_scale_inv`, which has a
 number for each block of 128 x 128. They are multiplied, whatever "inv" may say; a block at the edge
@@ -45,7 +46,7 @@ from ch08_full_models.download import (
     table,
     weight_files,
 )
-from ch08_full_models.gguf_file import read_gguf
+from ch08_full_models.gguf_file import StoredGGUF, read_gguf
 from ch08_full_models.tokenizer import Tokenizer, from_folder, from_gguf
 
 __all__ = ["MODELS", "CheckpointError", "Model", "family_of", "fetch", "load", "table"]
@@ -86,6 +87,8 @@ STORED_DTYPES = {
 FP8, SCALE = "F8_E4M3", "_scale_inv"  # how a file says it; what the name of its scales ends in
 FP8_NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # by its byte
 BLOCK = 1 << 20  # numbers that are read at a time if they change dtype or device
+PART = 1 << 18  # numbers that are floats at a time if they become integers
+ROWS = 64  # such a part is a multiple of this: torch packs 4-bit numbers by so many rows at most
 
 
 def load(
@@ -95,49 +98,64 @@ def load(
     quantize: str | None = None,
     memory: int | None = None,
     mtp: bool = False,
+    compile: bool = False,
 ) -> tuple[nn.Module, Tokenizer | None]:
     """A model ready to generate, and its Tokenizer, or None if the folder has none.
 
     name is what fetch takes. dtype is float32, bfloat16 or float16; by default the checkpoint's
     own, and for a .gguf float32. device is by default cuda, mps or cpu, whichever is there.
-    quantize is "int8" or "int4". memory: bytes that the weights of a folder may take; what is over
-    that stays on disk until it is called (offload.py), and model.disk counts how often it is read.
-    mtp: with the module for multi-token prediction (deepseek_v3.py). Raises CheckpointError for
-    what cannot be found, read or built.
+    quantize is "int8" or "int4"; what stays in floats is on a CPU by default bfloat16, for which
+    torch's products with int8 are five times as fast as for float32. memory: bytes that the weights
+    of a folder may take; what is over that stays on disk until it is called (offload.py), and
+    model.disk counts how often it is read. mtp: with the module for multi-token prediction
+    (deepseek_v3.py). compile: one token's forward as one compiled function (decode.py), on a CPU.
+    Raises CheckpointError for what cannot be found, read or built.
     """
     if quantize not in (None, "int8", "int4"):
         raise CheckpointError(f"quantize is {quantize!r}, expected 'int8' or 'int4'")
     if quantize and memory is not None:
         raise CheckpointError("quantize needs all weights in memory, so it goes without `memory`")
     dtype, device = to_dtype(dtype, "dtype") if dtype else None, pick_device(device)
+    if quantize and device.type == "cpu":
+        dtype = dtype or torch.bfloat16
     path = fetch(name)
     if path.is_dir():
-        model, tokenizer = load_folder(path, dtype, device, memory, mtp)
+        model, tokenizer = load_folder(path, dtype, device, quantize, memory, mtp)
     elif memory is not None or mtp:
         raise CheckpointError(f"{path}: expected a folder, for `memory` and `mtp`")
     elif path.suffix.lower() == ".gguf":
-        model, tokenizer = load_gguf(path, dtype, device)
+        model, tokenizer = load_gguf(path, dtype, device, quantize)
     else:
         raise CheckpointError(f"{path}: expected a folder or a .gguf file")
-    if quantize:
-        from ch08_full_models import speed
-
-        try:
-            speed.quantize(model, quantize)
-        except ValueError as err:
-            raise CheckpointError(f"{path}: {one_line(err)}") from err
-    elif device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16:
-        from ch08_full_models import speed
-
-        if getattr(model, "disk", None) is None:
-            speed.vector_products(model)
+    if device.type == "cpu" and getattr(model, "disk", None) is None:
+        make_faster(model, compile)
+    elif compile:
+        raise CheckpointError("compiled steps need a CPU, and all weights in memory")
     return model.eval(), tokenizer
+
+
+def make_faster(model: nn.Module, compile: bool) -> None:
+    """What keeps outputs within bfloat16's rounding (speed.py, decode.py). float32 stays as it is.
+
+    Raises CheckpointError for a model that cannot be compiled.
+    """
+    from ch08_full_models import decode, speed
+
+    if model.embed.weight.dtype == torch.bfloat16:
+        speed.vector_products(model)
+        decode.short_norms(decode.grouped_attention(model))
+    if compile:
+        try:
+            decode.compiled_steps(model)
+        except ValueError as err:
+            raise CheckpointError(one_line(err)) from err
 
 
 def load_folder(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device,
+    quantize: str | None = None,
     memory: int | None = None,
     mtp: bool = False,
 ) -> tuple[nn.Module, Tokenizer | None]:
@@ -148,13 +166,13 @@ def load_folder(
     stored = join_scales(read_folder(folder), hf, where)
     model = build(family, hf, where, dtype or checkpoint_dtype(hf, where, stored), mtp)
     moves = plan(model, family, stored)
-    files = {t.name: t.file for t in stored}
-    fill(model, family, ((move.stored.name, move.probe) for move in moves), files, folder)
+    check(model, family, moves, folder)
     try:
         waiting, budget = ([], 0) if memory is None else offload.choose(model, memory)
     except ValueError as err:
         raise CheckpointError(f"{folder}: {one_line(err)}") from err
     late = places(model, family, moves) if waiting else {}
+    pack(model, quantize, folder)
     allocate(model, where, device, waiting)
     read_into(model, family, moves)
     model.disk = offload.leave(model, waiting, late, budget, device) if waiting else None
@@ -162,15 +180,21 @@ def load_folder(
 
 
 def load_gguf(
-    file: Path, dtype: torch.dtype | None, device: torch.device
+    file: Path, dtype: torch.dtype | None, device: torch.device, quantize: str | None = None
 ) -> tuple[nn.Module, Tokenizer]:
     """Model and tokenizer of a GGUF file."""
     gguf = read_gguf(file)
     hf = gguf.config()
     family = find_family(hf, file)
-    model = allocate(build(family, hf, file, dtype or torch.float32), file, device)
-    fill(model, family, adopt(model, family, gguf.tensors()), {}, file)
-    return model, from_gguf(gguf)
+    model = build(family, hf, file, dtype or torch.float32)
+    moves = plan(model, family, list(gguf.stored()))
+    check(model, family, moves, file)
+    tokenizer = from_gguf(gguf)
+    gguf.forget_vocabulary()
+    pack(model, quantize, file, moves)
+    allocate(model, file, device)
+    read_into(model, family, moves)
+    return model, tokenizer
 
 
 def family_of(model: nn.Module) -> ModuleType:
@@ -252,71 +276,71 @@ def build(
     return model
 
 
+def pack(model: nn.Module, quantize: str | None, path: Path, moves: "Sequence[Move]" = ()) -> None:
+    """Where quantize says so, matrices of integers take the place of the model's, all on "meta".
+
+    Those that a GGUF file has in 4 bits may stay so in int4: moves say which. Raises
+    CheckpointError for a model that cannot be quantized.
+    """
+    if quantize:
+        from ch08_full_models import speed
+
+        finer = {
+            name.split(".")[-2]
+            for move in moves
+            for name in move.parts
+            if name.endswith(".weight") and move.stored.format_name not in ("Q4_0", "Q4_1")
+        }
+        eight_bits = tuple(n for n in speed.EIGHT_BITS if not moves or n in finer)
+        try:
+            speed.quantize(model, quantize, eight_bits=eight_bits)
+        except ValueError as err:
+            raise CheckpointError(f"{path}: {one_line(err)}") from err
+
+
 def allocate(
     model: nn.Module, where: Path, device: torch.device, waiting: Sequence[nn.Module] = ()
-) -> nn.Module:
-    """The model itself, with memory for its weights but for parts that wait on disk.
+) -> None:
+    """Gives the model memory for its weights, but for parts that wait on disk.
 
     Raises CheckpointError if there is none.
     """
+
+    def memory(tensor: Tensor) -> Tensor:
+        # Module.to_empty would do the same, and import 0.2 s worth of sympy.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
     without = {module for part in waiting for module in part.modules()}
     try:
         for module in model.modules():
             if module not in without:
-                module.to_empty(device=device, recurse=False)
-        return model
+                module._apply(memory, recurse=False)
     except RuntimeError as err:
         what = f"no room for the model on {device}: {one_line(err)}"
         raise CheckpointError(f"{where}: {what}") from err
 
 
-def fill(
-    model: nn.Module,
-    family: ModuleType,
-    weights: Iterator[tuple[str, Tensor]],
-    files: dict[str, Path],
-    path: Path,
-) -> None:
-    """Loads the weights into the model.
+def check(model: nn.Module, family: ModuleType, moves: "list[Move]", path: Path) -> None:
+    """Has the family find a place for every tensor, as it does for weights, but without memory.
 
     Raises CheckpointError for a tensor that is missing, left over or of the wrong shape. It names
-    the file that holds the tensor, if files (tensor name -> file) says, else the path.
+    the file that holds the tensor, or the path.
     """
     try:
-        family.load_weights(model, weights)
-    except CheckpointError:
-        raise
+        family.load_weights(model, ((move.stored.name, move.probe) for move in moves))
     except (KeyError, RuntimeError, ValueError) as err:
-        text = one_line(err)
+        text, files = one_line(err), {move.stored.name: move.stored.file for move in moves}
         file = next((files[word] for word in text.replace(":", " ").split() if word in files), path)
         raise CheckpointError(f"{file}: {text}") from err
-
-
-@torch.no_grad()
-def adopt(
-    model: nn.Module, family: ModuleType, weights: Iterator[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The weights, for load_weights. One that is just what the model needs becomes the parameter's
-    memory, in place of the empty one, and load_weights gets the parameter itself: nothing to copy.
-    """
-    params = dict(model.named_parameters())
-    for name, tensor in weights:
-        for ours, kept in family.convert({name: tensor}).items():
-            param = params.get(ours)
-            if kept is tensor and param is not None and alike(param, tensor):
-                param.data = tensor
-                tensor = param
-        yield name, tensor
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    """True if one can take the other's place."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def one_line(err: Exception) -> str:
     """The error's message on one line."""
     return shorten(str(err.args[0] if isinstance(err, KeyError) and err.args else err), 400)
+
+
+# Where a weight goes: a parameter's memory, or a matrix of integers that has put(row, floats)
+Target = Tensor | nn.Module
 
 
 @dataclass(frozen=True)
@@ -341,33 +365,43 @@ class Stored:
             self.read_numbers(0, tensor.view(-1))
         return tensor
 
-    def read_parts(self, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills parameters with parts of the tensor: each a view of its probe, and the parameter.
+    @property
+    def in_order(self) -> bool:
+        """Whether its numbers can be read from the file as they are."""
+        return self.scale is None
+
+    @property
+    def numbers_dtype(self) -> torch.dtype:
+        """Of the numbers in the file."""
+        return STORED_DTYPES[self.dtype]
+
+    def read_parts(self, parts: list[tuple[Tensor, Target]]) -> None:
+        """Reads parts of the tensor, each a view of its probe, to their targets.
 
         Parts that lie in one another's gaps, as columns do, are read in one go.
         """
-        stretches: list[tuple[int, int, list[tuple[Tensor, Tensor]]]] = []
-        for view, param in sorted(parts, key=lambda part: part[0].storage_offset()):
+        stretches: list[tuple[int, int, list[tuple[Tensor, Target]]]] = []
+        for view, target in sorted(parts, key=lambda part: part[0].storage_offset()):
             first = view.storage_offset()
             last = first + sum(s * (n - 1) for n, s in zip(view.shape, view.stride(), strict=True))
             if stretches and first <= stretches[-1][1]:
                 first, before, inside = stretches.pop()
-                stretches.append((first, max(before, last), [*inside, (view, param)]))
+                stretches.append((first, max(before, last), [*inside, (view, target)]))
             else:
-                stretches.append((first, last, [(view, param)]))
+                stretches.append((first, last, [(view, target)]))
         for first, last, inside in stretches:
             if len(inside) == 1 and inside[0][0].is_contiguous():
-                self.read_row(first, inside[0][1].view(-1))
+                read_to(inside[0][1], self, first)
                 continue
-            row = torch.empty(last + 1 - first, dtype=STORED_DTYPES[self.dtype])
+            row = torch.empty(last + 1 - first, dtype=self.numbers_dtype)
             self.read_numbers(first, row)
-            for view, param in inside:
-                place = (view.shape, view.stride(), view.storage_offset() - first)
-                param.copy_(row.as_strided(*place))
+            for view, target in inside:
+                start = view.storage_offset() - first
+                write(target, row.as_strided(view.shape, view.stride(), start))
 
     def read_row(self, first: int, out: Tensor) -> None:
         """Fills out, in one row, with the numbers from `first` on."""
-        dtype = STORED_DTYPES[self.dtype]
+        dtype = self.numbers_dtype
         if (out.dtype, out.device.type) == (dtype, "cpu"):
             self.read_numbers(first, out)
             return
@@ -475,22 +509,25 @@ def join_scales(stored: list[Stored], hf: dict, where: Path) -> list[Stored]:
 class Move:
     """A stored tensor, and what becomes of it."""
 
-    stored: Stored
+    stored: Stored | StoredGGUF
     probe: Tensor  # of its shape, without memory
     parts: dict[str, Tensor]  # parameter: what `convert` makes of the probe for it
 
 
-def plan(model: nn.Module, family: ModuleType, stored: list[Stored]) -> list[Move]:
+def plan(model: nn.Module, family: ModuleType, stored: Sequence[Stored | StoredGGUF]) -> list[Move]:
     """Where each tensor goes. Raises CheckpointError for numbers in a format that is not read."""
     params, moves = dict(model.named_parameters()), []
     for t in stored:
-        probe = torch.empty(t.shape, device="meta")
+        # Gemma's norms are raised by one: sums without memory have torch import its compiler, which
+        # takes a second. So a small row gets some.
+        small = len(t.shape) == 1 and t.shape[0] < BLOCK
+        probe = torch.empty(t.shape, device="cpu" if small else "meta")
         try:
             parts = family.convert({t.name: probe})
         except (IndexError, KeyError, RuntimeError, ValueError) as err:
             raise CheckpointError(f"{t.file}: {t.name} is {t.shape}: {one_line(err)}") from err
         moves.append(Move(t, probe, {name: w for name, w in parts.items() if name in params}))
-        if not moves[-1].parts or t.dtype in STORED_DTYPES or t.scale:
+        if not moves[-1].parts or isinstance(t, StoredGGUF) or t.dtype in STORED_DTYPES or t.scale:
             continue
         formats = ", ".join([*STORED_DTYPES, FP8])
         what = f"expected one of {formats}"
@@ -505,30 +542,75 @@ def read_into(model: nn.Module, family: ModuleType, moves: list[Move]) -> None:
 
     Parameters without memory are left as they are.
     """
-    params = {name: p for name, p in model.named_parameters() if not p.is_meta}
+    targets: dict[str, Target] = {n: p for n, p in model.named_parameters() if not p.is_meta}
+    for name, module in model.named_modules():
+        if hasattr(module, "put"):  # an embedding's is its `matrix`
+            targets[f"{name.removesuffix('.matrix')}.weight"] = module
+    # Linux's malloc has the system make each piece of memory that is larger than any it was given
+    # back, and take it away again: with every part that is read. So it is given 4 MB back.
+    torch.empty(4 << 20, dtype=torch.uint8)
     for move in moves:
-        parts = {name: w for name, w in move.parts.items() if name in params}
+        parts = {name: w for name, w in move.parts.items() if name in targets}
         if parts:
-            read_move(family, replace(move, parts=parts), params)
+            read_move(family, replace(move, parts=parts), targets)
 
 
 @torch.no_grad()
-def read_move(family: ModuleType, move: Move, params: dict[str, Tensor]) -> None:
-    """Reads one tensor into the parameters that it has parts for.
+def read_move(family: ModuleType, move: Move, targets: dict[str, Target]) -> None:
+    """Reads one tensor to the targets that it has parts for.
 
     A parameter that is the stored tensor, or a view of it, is read straight into its place. So not
     even an embedding that is half of the model, or a layer's experts in one tensor, is held twice.
     """
     t, probe, parts = move.stored, move.probe, move.parts
-    whole = [name for name, part in parts.items() if part is probe]
-    if t.scale and whole:
-        t.read_blocks(params[whole[0]])
-    elif not t.scale and all(part is probe or part._base is probe for part in parts.values()):
-        t.read_parts([(part, params[name]) for name, part in parts.items()])
+    whole = next((targets[name] for name, part in parts.items() if part is probe), None)
+    if len(parts) == 1 and whole is not None and t.in_order:
+        read_to(whole, t)
+    elif isinstance(whole, Tensor) and t.scale:
+        t.read_blocks(whole)
+    elif (
+        isinstance(t, Stored)
+        and t.in_order
+        and all(part is probe or part._base is probe for part in parts.values())
+    ):
+        t.read_parts([(part, targets[name]) for name, part in parts.items()])
     else:
         for name, w in family.convert({t.name: t.read()}).items():
             if name in parts:
-                params[name].copy_(w)
+                write(targets[name], w)
+
+
+def read_to(target: Target, stored: Stored | StoredGGUF, first: int = 0) -> None:
+    """Reads a weight whose numbers lie in order, from the stored tensor's number `first` on."""
+    if isinstance(target, Tensor):
+        stored.read_row(first, target.view(-1))
+        return
+    for rows in row_parts(target):
+        w_ND = torch.empty(len(rows), target.in_features, dtype=stored.numbers_dtype)
+        stored.read_row(first + rows.start * target.in_features, w_ND.view(-1))
+        target.put(rows.start, w_ND)
+
+
+def write(target: Target, w: Tensor) -> None:
+    """Puts a weight that is in memory where it belongs."""
+    if isinstance(target, Tensor):
+        target.copy_(w)
+        return
+    for rows in row_parts(target):
+        target.put(rows.start, w[rows.start : rows.stop])
+
+
+def row_parts(matrix: nn.Module) -> Iterator[range]:
+    """The matrix's rows, in the parts that its `put` takes: PART numbers, in multiples of ROWS.
+
+    Scales of columns are found in the first part, so it is as large as in speed.put_all.
+    """
+    from ch08_full_models import speed
+
+    n_rows = max(ROWS, PART // matrix.in_features // ROWS * ROWS)
+    n_rows = n_rows if matrix.column_D is None else speed.PART
+    for start in range(0, matrix.out_features, n_rows):
+        yield range(start, min(start + n_rows, matrix.out_features))
 
 
 def places(model: nn.Module, family: ModuleType, moves: list[Move]) -> dict[str, offload.Place]:

@@ -5,11 +5,12 @@ operations: each takes microseconds, however small one token is. Every step here
 model in place, and plain_decode undoes them all:
 
     grouped_attention(model)   heads that share keys are the rows of one query: keys are read once
+    short_norms(model)         half as many passes over the numbers; for prompts as well
     two_step_head(model)       a rough product over all words finds those that can win, an exact one
                                decides. The likeliest token is the same; other logits are rough
     compiled_steps(model)      one token's forward as one compiled function
 
-`load` takes the first on a CPU. The second is for temperature 0. The third takes about a minute
+`load` takes the first two on a CPU. The third is for temperature 0. The last takes about a minute
 the first time, seconds later on, when it finds its code on disk; it needs a C++ compiler and pays
 where thousands of tokens are made. `python -m ch08_full_models.benchmark` measures them.
 
@@ -112,6 +113,31 @@ def grouped(attend: Callable) -> Callable:
         return y_BJGK.flatten(1, 2)[:, None]
 
     return attend_once
+
+
+# Norms
+
+
+class ShortNorm(Changed):
+    """An RMSNorm of 16-bit numbers that turns them into floats once, and works on these in place.
+
+    It is rounded once, at the end; some families' own is rounded before the weight as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        y = x.float()
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(y.shape[-1])
+        return y.mul_(scale.add_(self.eps).rsqrt_()).mul_(self.weight).to(x.dtype)
+
+
+def short_norms(model: nn.Module) -> nn.Module:
+    """The model itself, its RMSNorms with fewer passes over the numbers."""
+    for module in model.modules():
+        if type(module).__name__ == "RMSNorm" and not isinstance(module, nn.RMSNorm):
+            change(module, ShortNorm)
+    return model
 
 
 # The likeliest token in two steps
@@ -342,8 +368,11 @@ def next_place(cache: object) -> tuple[Tensor, list[Tensor]]:
 def compiled_steps(model: nn.Module, backend: str = "inductor") -> nn.Module:
     """The model itself, one token's forward compiled into one function when it is first needed.
 
-    Raises ValueError for a model with experts: which of them run is known in Python only.
+    Raises ValueError for a model with experts, since Python chooses them, and for a cache that is
+    joined anew for each token (gpt2.py).
     """
+    if not hasattr(model.new_cache()[0], "grow"):
+        raise ValueError("a model whose cache is joined anew for each token cannot be compiled")
     if any(hasattr(module, "experts") for module in model.modules()):
         raise ValueError("a model with experts cannot be compiled: Python chooses them")
     forward = type(model).forward

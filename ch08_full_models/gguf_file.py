@@ -12,9 +12,10 @@ the config.json, `tensors()` are the weights. On the way are translated:
                   rotated together lie side by side. Left so, the model still writes, but badly.
     Gemma's norms hold 1 + w, because llama.cpp multiplies by it; Gemma's own code adds the 1.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package knows the
-number formats, and is used for them. Its GGUFReader is not used: it makes numpy arrays of every
-single string, and so takes over 10 s for Gemma's 262,144 tokens; `read_gguf` takes 0.2 s.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The number formats that most
+files use are undone here, some rows at a time; the gguf package knows the others. Its GGUFReader is
+not used: it makes numpy arrays of every single string, and so takes over 10 s for Gemma's 262,144
+tokens; `read_gguf` takes 0.1 s.
 """
 
 import math
@@ -22,7 +23,7 @@ import mmap
 import re
 import reprlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +41,9 @@ STRING, LIST = 8, 9
 LENGTH = struct.Struct("<Q")  # before every string
 MAX_COUNT = 1 << 24  # fields, tensors or entries of a list: with more, the header is damaged
 
-# Numbers dequantized at a time. Measured: the gguf package's intermediate results then stay in the
-# processor's cache. Whole tensors in one call take ten times as long, and gigabytes.
-CHUNK = 1 << 15
+# Numbers dequantized at a time. Measured: with fewer, the calls cost more than their work; with
+# more, what is between two calls no longer stays in the processor's cache.
+CHUNK = 1 << 18
 
 # general.architecture in the file: Hugging Face's model_type
 MODEL_TYPES = {
@@ -82,6 +83,118 @@ def error(path: Path, what: str) -> CheckpointError:
     """The error that says what is wrong with the file, in a line that can be read."""
     # A damaged name may be as long as the file.
     return CheckpointError(f"{path}: {what if len(what) < 500 else what[:500] + ' ...'}")
+
+
+# Number formats: from blocks of bytes (n, bytes of a block) to float32 (n, numbers of a block)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor's numbers lie in the file."""
+
+    name: str
+    block: int  # numbers that lie together
+    n_bytes: int  # of a block
+    numbers: Callable[[Tensor], Tensor]
+
+
+def half(raw: Tensor, at: int) -> Tensor:
+    """The float16 at byte `at` of each block, in float32, (n, 1)."""
+    return raw[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def bits(raw: Tensor, width: int, run: int) -> Tensor:
+    """Whole numbers of `width` bits, in uint8, (n, 8 / width times the bytes).
+
+    Of each run of bytes come the lowest bits of all, then the next ones of all, and so on.
+    """
+    runs, mask = raw.unflatten(1, (-1, run)).contiguous(), (1 << width) - 1
+    numbers = [(runs >> shift).bitwise_and_(mask) for shift in range(0, 8, width)]
+    return torch.stack(numbers, dim=2).flatten(1)
+
+
+def q4_0(raw: Tensor) -> Tensor:
+    return bits(raw[:, 2:], 4, 16).view(torch.int8).sub_(8) * half(raw, 0)
+
+
+def q4_1(raw: Tensor) -> Tensor:
+    return (bits(raw[:, 4:], 4, 16) * half(raw, 0)).add_(half(raw, 2))
+
+
+def q5_0(raw: Tensor) -> Tensor:
+    whole = bits(raw[:, 6:], 4, 16) | bits(raw[:, 2:6], 1, 1) << 4
+    return whole.view(torch.int8).sub_(16) * half(raw, 0)
+
+
+def q5_1(raw: Tensor) -> Tensor:
+    whole = bits(raw[:, 8:], 4, 16) | bits(raw[:, 4:8], 1, 1) << 4
+    return (whole * half(raw, 0)).add_(half(raw, 2))
+
+
+def q8_0(raw: Tensor) -> Tensor:
+    return raw[:, 2:].view(torch.int8) * half(raw, 0)
+
+
+def q4_k(raw: Tensor) -> Tensor:
+    return eight_groups(raw, bits(raw[:, 16:], 4, 32))
+
+
+def q5_k(raw: Tensor) -> Tensor:
+    return eight_groups(raw, bits(raw[:, 48:], 4, 32) | bits(raw[:, 16:48], 1, 32) << 4)
+
+
+def eight_groups(raw: Tensor, whole: Tensor) -> Tensor:
+    """Each 32 numbers times their step, less their offset: 6 bits each, times a float16 a block.
+
+    Four steps and four offsets have a byte each, whose two upper bits belong to the other four.
+    What these lack is in four bytes of their own.
+    """
+    step, offset, rest = raw[:, 4:16].split(4, dim=1)
+    step_8 = torch.cat((step & 63, rest & 15 | step >> 2 & 48), dim=1) * half(raw, 0)
+    offset_8 = torch.cat((offset & 63, rest >> 4 | offset >> 2 & 48), dim=1) * half(raw, 2)
+    scaled = whole.unflatten(1, (8, 32)) * step_8[..., None]
+    return scaled.sub_(offset_8[..., None]).flatten(1)
+
+
+def q6_k(raw: Tensor) -> Tensor:
+    whole = bits(raw[:, :128], 4, 64) | bits(raw[:, 128:192], 2, 32) << 4
+    step_16 = raw[:, 192:208].view(torch.int8) * half(raw, 208)
+    signed = whole.view(torch.int8).sub_(32).unflatten(1, (16, 16))
+    return (signed * step_16[..., None]).flatten(1)
+
+
+FORMATS = {  # by their codes in the file
+    0: Format("F32", 1, 4, lambda raw: raw.view(torch.float32)),
+    1: Format("F16", 1, 2, lambda raw: raw.view(torch.float16)),
+    2: Format("Q4_0", 32, 18, q4_0),
+    3: Format("Q4_1", 32, 20, q4_1),
+    6: Format("Q5_0", 32, 22, q5_0),
+    7: Format("Q5_1", 32, 24, q5_1),
+    8: Format("Q8_0", 32, 34, q8_0),
+    12: Format("Q4_K", 256, 144, q4_k),
+    13: Format("Q5_K", 256, 176, q5_k),
+    14: Format("Q6_K", 256, 210, q6_k),
+    30: Format("BF16", 1, 2, lambda raw: raw.view(torch.bfloat16)),
+}
+
+
+def find_format(code: int) -> Format | None:
+    """The format of that code; None if there is none."""
+    if code in FORMATS:
+        return FORMATS[code]
+    # Here, as it takes 0.1 s, and most files need it for nothing.
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if code not in [*GGMLQuantizationType]:
+        return None
+    kind = GGMLQuantizationType(code)
+
+    def numbers(raw: Tensor) -> Tensor:
+        # One long row: the package takes 16 rows at a time, however short they are.
+        return torch.from_numpy(dequantize(raw.view(1, -1).numpy(), kind))
+
+    return Format(kind.name, *GGML_QUANT_SIZES[kind], numbers)
 
 
 class Header:
@@ -152,28 +265,26 @@ class TensorInfo:
     """What the header says of one tensor."""
 
     shape: tuple[int, ...]  # [out, in], as torch has it
-    kind: int  # its number format, a gguf.GGMLQuantizationType
+    format: Format
     start: int  # its first byte, counted from the first tensor's
     n_bytes: int
 
 
 def read_info(header: Header, name: str) -> TensorInfo:
     """What comes next in the header: the description of the tensor `name`."""
-    # Here, as it takes 0.1 s, and most checkpoints are no GGUF files.
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     n_axes = header.number("I")
     if not 1 <= n_axes <= 4:
         raise header.error(f"tensor {name!r} has {n_axes} axes, expected 1 to 4")
     shape = tuple(reversed(header.numbers("Q", n_axes)))
     code = header.number("I")
-    if code not in [*GGMLQuantizationType]:
+    form = find_format(code)
+    if form is None:
         raise header.error(f"tensor {name!r} is in the unknown number format {code}")
-    kind = GGMLQuantizationType(code)
-    block, block_bytes = GGML_QUANT_SIZES[kind]
+    block = form.block
     if min(shape) < 1 or shape[-1] % block:
-        raise header.error(f"tensor {name!r} has shape {shape} in {kind.name}, blocks of {block}")
-    return TensorInfo(shape, kind, header.number("Q"), math.prod(shape) // block * block_bytes)
+        raise header.error(f"tensor {name!r} has shape {shape} in {form.name}, blocks of {block}")
+    n_bytes = math.prod(shape) // block * form.n_bytes
+    return TensorInfo(shape, form, header.number("Q"), n_bytes)
 
 
 @dataclass(frozen=True)
@@ -317,12 +428,21 @@ class GGUF:
             "original_max_position_embeddings": length,
         }
 
+    def forget_vocabulary(self) -> None:
+        """Drops the fields that a tokenizer has been made of: Gemma's take 30 MB."""
+        for name in [name for name in self.fields if name.startswith("tokenizer.ggml.")]:
+            del self.fields[name]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights one by one, in float32, under Hugging Face's names and in its layout."""
-        for name in self.infos:
+        for stored in self.stored():
+            yield stored.name, stored.read()
+
+    def stored(self) -> "Iterator[StoredGGUF]":
+        """The weights as they lie in the file."""
+        for name, info in self.infos.items():
             if name != ROPE_FACTORS:
-                theirs = self.hf_name(name)
-                yield theirs, torch.from_numpy(self.hf_layout(theirs, self.array(name)))
+                yield StoredGGUF(self.hf_name(name), self.path, info.shape, self, name)
 
     def hf_name(self, name: str) -> str:
         """Hugging Face's name for a tensor of the file."""
@@ -335,48 +455,86 @@ class GGUF:
             return f"model.layers.{layer}.{layer_names[part]}.{kind}"
         raise self.error(f"tensor {name!r} has no place in a {self.architecture} model")
 
-    def hf_layout(self, theirs: str, array: np.ndarray) -> np.ndarray:
-        """The tensor with that name of Hugging Face's, as it has it; may change `array`."""
-        part = theirs.split(".")[-2]
-        if self.architecture == "llama" and part in ("q_proj", "k_proj"):
+    def is_turned(self, theirs: str) -> bool:
+        """True for a tensor with that name of Hugging Face's if its rows lie in another order."""
+        return self.architecture == "llama" and theirs.split(".")[-2] in ("q_proj", "k_proj")
+
+    def is_raised(self, theirs: str) -> bool:
+        """True for a tensor with that name of Hugging Face's if 1 has been added to it."""
+        return self.architecture.startswith("gemma") and theirs.endswith("norm.weight")
+
+    def hf_layout(self, theirs: str, tensor: Tensor) -> Tensor:
+        """The tensor with that name of Hugging Face's, as it has it; may change `tensor`."""
+        if self.is_turned(theirs):
             n_heads = self.setting("attention.head_count")
-            if part == "k_proj":
+            if theirs.split(".")[-2] == "k_proj":
                 n_heads = self.setting("attention.head_count_kv", default=n_heads)
-            if array.shape[0] % (2 * n_heads):
-                raise self.error(f"{theirs} has {array.shape[0]} rows for {n_heads} heads")
+            if len(tensor) % (2 * n_heads):
+                raise self.error(f"{theirs} has {len(tensor)} rows for {n_heads} heads")
             # Two by two what turns together: each head's rows lie as 0, h/2, 1, h/2 + 1, ...
-            pairs = array.reshape(n_heads, -1, 2, *array.shape[1:])
-            return pairs.swapaxes(1, 2).reshape(array.shape)
-        if self.architecture.startswith("gemma") and theirs.endswith("norm.weight"):
+            pairs = tensor.view(n_heads, -1, 2, *tensor.shape[1:])
+            return pairs.transpose(1, 2).reshape(tensor.shape)
+        if self.is_raised(theirs):
             # Nothing is lost in float32: all of gemma-3-270m's norms become bfloat16 numbers again,
             # which is what they were before llama.cpp added the 1.
-            array -= 1
-        return array
+            tensor -= 1
+        return tensor
 
     def array(self, name: str) -> np.ndarray:
         """A tensor of the file in float32, in the file's layout."""
-        from gguf.constants import GGML_QUANT_SIZES
-        from gguf.quants import dequantize
+        out = torch.empty(self.infos[name].shape)
+        self.read_numbers(name, 0, out.view(-1))
+        return out.numpy()
 
+    def read_numbers(self, name: str, first: int, out: Tensor) -> None:
+        """Fills out, in one row, with the tensor's numbers from `first` on. Whole blocks only."""
         info = self.infos[name]
-        block, block_bytes = GGML_QUANT_SIZES[info.kind]
-        array = np.empty(info.shape, np.float32)
-        flat = array.reshape(-1)
+        block, n_bytes = info.format.block, info.format.n_bytes
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.data_start + info.start)
-                for i in range(0, flat.size, CHUNK):
-                    part = flat[i : i + CHUNK]
-                    n_bytes = part.size // block * block_bytes
-                    # One long row: the package takes 16 rows at a time, however short they are.
-                    row = np.fromfile(file, np.uint8, n_bytes).reshape(1, n_bytes)
-                    part[:] = dequantize(row, info.kind)
+                file.seek(self.data_start + info.start + first // block * n_bytes)
+                for part in out.split(CHUNK):
+                    raw = torch.empty(len(part) // block, n_bytes, dtype=torch.uint8)
+                    if file.readinto(raw.numpy()) != raw.nbytes:
+                        raise ValueError("cut off")
+                    part.copy_(info.format.numbers(raw).view(-1))
         except NotImplementedError:
-            what = f"tensor {name!r} is in {info.kind.name}, which gguf cannot dequantize"
+            what = f"tensor {name!r} is in {info.format.name}, which gguf cannot dequantize"
             raise self.error(what) from None
         except (OSError, ValueError) as err:  # it was whole when the header was read
             raise self.error(f"tensor {name!r} cannot be read ({err})") from err
-        return array
+
+
+@dataclass(frozen=True)
+class StoredGGUF:
+    """A weight in the file, by Hugging Face's name."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    gguf: GGUF = field(repr=False)
+    name_there: str  # its name in the file
+
+    scale = None
+    numbers_dtype = torch.float32  # of what read_row reads
+
+    @property
+    def format_name(self) -> str:
+        """How the file keeps its numbers: Q4_K."""
+        return self.gguf.infos[self.name_there].format.name
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the file has its numbers just as Hugging Face has them."""
+        return not (self.gguf.is_turned(self.name) or self.gguf.is_raised(self.name))
+
+    def read(self) -> Tensor:
+        """The weight, in float32."""
+        return self.gguf.hf_layout(self.name, torch.from_numpy(self.gguf.array(self.name_there)))
+
+    def read_row(self, first: int, out: Tensor) -> None:
+        """Fills out, in one row, with the numbers from `first` on, if they are in order."""
+        self.gguf.read_numbers(self.name_there, first, out)
 
 
 def read_gguf(path: Path) -> GGUF:

@@ -30,6 +30,7 @@ from ch08_full_models.decode import (
     compiled_steps,
     grouped_attention,
     plain_decode,
+    short_norms,
     two_step_head,
 )
 from ch08_full_models.speed import plain_products, quantize, vector_products, weight_bytes
@@ -40,13 +41,14 @@ VARIANTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "bfloat16": ("bfloat16", None, ()),
     "bfloat16, mv": ("bfloat16", None, ("mv",)),
     "bfloat16, mv, grouped": ("bfloat16", None, ("mv", "grouped")),
+    "bfloat16, mv, grouped, norms": ("bfloat16", None, ("mv", "grouped", "norms")),
     "bfloat16, compiled": ("bfloat16", None, ("mv", "grouped", "compiled")),
     "bfloat16, compiled, two-step head": (
         "bfloat16", None, ("mv", "grouped", "two-step head", "compiled"),
     ),
-    "int8": ("bfloat16", "int8", ("grouped",)),
+    "int8": ("bfloat16", "int8", ("grouped", "norms")),
     "int8, compiled": ("bfloat16", "int8", ("grouped", "compiled")),
-    "int4": ("bfloat16", "int4", ("grouped",)),
+    "int4": ("bfloat16", "int4", ("grouped", "norms")),
     "int4, compiled": ("bfloat16", "int4", ("grouped", "compiled")),
     "bfloat16, compiled, its own products": (
         "bfloat16", None, ("mv", "grouped", "own products", "compiled"),
@@ -93,6 +95,8 @@ def build(name: str, variant: str) -> nn.Module:
         vector_products(model)
     if "grouped" in steps:
         grouped_attention(model)
+    if "norms" in steps:
+        short_norms(model)
     if "two-step head" in steps:
         two_step_head(model)
     if "compiled" in steps:
@@ -159,6 +163,7 @@ class Line:
         return 1000 * seconds(attention)
 
 
+SQUARE = 1024  # rows and columns of the product that shows how fast this machine multiplies
 MATRICES = (nn.Linear, speed.Int8Matrix, speed.Int4Matrix)
 
 
@@ -169,8 +174,10 @@ def measure(name: str, context: int, variants: list[str], plan: Plan) -> dict:
     lines = [Line(name, variant, prompt_1T) for variant in variants]
     parts = {line.variant: ([], []) for line in lines if "compiled" not in line.variant}
     numbers, reads = torch.zeros(plan.n_read, dtype=torch.int64), []
+    square, squares = torch.zeros(SQUARE, SQUARE, dtype=torch.bfloat16), []
     for _ in range(plan.rounds):
         reads.append(seconds(numbers.sum))
+        squares.append(seconds(lambda: square @ square))
         for line in lines:
             line.ms += [1000 * line.step() for _ in range(plan.tokens)]
             if line.variant in parts:
@@ -193,7 +200,13 @@ def measure(name: str, context: int, variants: list[str], plan: Plan) -> dict:
                 "products_ms": round(statistics.median(products), 3),
                 "attention_ms": round(statistics.median(attention), 3),
             }
-    return {"model": name, "context": context, "read_gb_s": round(gb_s, 2), "variants": found}
+    return {
+        "model": name,
+        "context": context,
+        "read_gb_s": round(gb_s, 2),
+        "matmul_gflop_s": round(2e-9 * SQUARE**3 / statistics.median(squares), 1),
+        "variants": found,
+    }
 
 
 def print_run(run: dict) -> None:

@@ -368,14 +368,14 @@ def test_default_dtype_without_a_word_in_the_config(copy: Path) -> None:
 def test_quantize(kind: str, tiny: Path) -> None:
     """Guards that load's third option reaches speed.py."""
     model, _ = load(tiny, device="cpu", quantize=kind)
-    assert type(model.blocks[0].mlp.up_proj).__name__.lower() == f"{kind}matrix"
+    assert type(model.blocks[0].mlp.gate_proj).__name__.lower() == f"{kind}matrix"
 
 
 def test_quantize_what_cannot_be(tmp_path: Path) -> None:
     """Guards the message for matrices that int4's groups do not divide."""
-    save(transformers.LlamaConfig(**TINY | {"intermediate_size": 48}), tmp_path)
+    save(transformers.LlamaConfig(**TINY | {"hidden_size": 48}), tmp_path)
     message = error(load, tmp_path, device="cpu", quantize="int4")
-    assert str(tmp_path) in message and "down_proj" in message
+    assert str(tmp_path) in message and "q_proj has width 48" in message
 
 
 # FP8

@@ -6,9 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ch01_gpt2 import gpt2
 from ch08_full_models import decode, deepseek_v3, gemma3, llama3, llama4, olmo2, qwen3, smollm3
 from ch08_full_models.checkpoint import family_of
-from ch08_full_models.decode import compiled_steps, grouped_attention, plain_decode, two_step_head
+from ch08_full_models.decode import (
+    compiled_steps,
+    grouped_attention,
+    plain_decode,
+    short_norms,
+    two_step_head,
+)
 from ch08_full_models.speed import VectorWeight, quantize, vector_products
 
 SMALL = {"vocab_size": 224, "n_layers": 3, "d_model": 64, "n_heads": 4, "d_ff": 96}
@@ -85,6 +92,35 @@ def test_grouped_attention_reads_each_key_head_once(monkeypatch):
     step_by_step(model, torch.randint(0, 224, (1, 6)))
     assert shapes[:3] == [((1, 4, 4, 32), (1, 2, 4, 32))] * 3  # the prompt: the family's own
     assert shapes[3:] == [((1, 2, 2, 32), (1, 2, n, 32)) for n in (5, 6) for _ in range(3)]
+
+
+# Norms
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_short_norms_keep_the_logits(name):
+    """In bfloat16, against float64: no further from it than the family's own; float32 is equal."""
+    model, tokens_BT = small_model(name), torch.randint(0, 224, (2, 15))
+    right, double = step_by_step(model, tokens_BT), copy.deepcopy(model).double()
+    assert torch.equal(step_by_step(short_norms(model), tokens_BT), right)
+    assert close(right, step_by_step(double, tokens_BT), torch.float32)
+    norms = [m for m in model.modules() if isinstance(m, decode.ShortNorm)]
+    plain_decode(model)
+    assert norms
+    torch.manual_seed(1)
+    for norm in norms:
+        width = len(norm.weight)
+        x = torch.randn(2, 7, width).mul(5).bfloat16()
+        w = torch.randn(width).to(torch.bfloat16)
+        norm.weight.data = w.float() if name.startswith("gemma") else w  # as they are loaded
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        exact = exact * w.double()
+        before = x.clone()
+        with torch.no_grad():
+            own = (norm(x) - exact).abs().mean()
+            decode.change(norm, decode.ShortNorm)
+            ours = (norm(x) - exact).abs().mean()
+        assert torch.equal(x, before) and 0 < ours <= 1.01 * own
 
 
 # The head in two steps
@@ -217,6 +253,12 @@ def test_a_model_with_experts_is_refused():
         compiled_steps(model)
 
 
+def test_gpt2s_cache_is_refused():
+    model = gpt2.Transformer(gpt2.Config(n_layers=1, d_model=32, n_heads=2))
+    with pytest.raises(ValueError, match="cache"):
+        compiled_steps(model)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "float"])
 def test_generated_code_keeps_the_logits(kind):
     """With the real compiler: everything at once, against the plain model."""
@@ -225,7 +267,7 @@ def test_generated_code_keeps_the_logits(kind):
     tokens_BT = torch.randint(0, 224, (1, 14))
     before = step_by_step(model, tokens_BT)
     torch.compiler.reset()
-    grouped_attention(model)
+    short_norms(grouped_attention(model))
     after = step_by_step(compiled_steps(model), tokens_BT)
     assert close(after, before, torch.bfloat16)
     if kind == "float":
@@ -239,7 +281,7 @@ def test_generated_code_keeps_the_logits(kind):
 def test_plain_decode_takes_everything_back():
     model = vector_products(small_model("gemma3", torch.bfloat16))
     before, tokens_BT = copy.deepcopy(model), torch.randint(0, 224, (1, 12))
-    compiled_steps(two_step_head(grouped_attention(model)), CAPTURE)
+    compiled_steps(two_step_head(short_norms(grouped_attention(model))), CAPTURE)
     plain_decode(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert [type(p) for p in model.parameters()] == [type(p) for p in before.parameters()]

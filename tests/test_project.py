@@ -204,7 +204,7 @@ def without_encoding(call: ast.Call) -> bool:
 
 def compares(path: Path) -> bool:
     """True for the files that set ours beside transformers."""
-    return short(path).startswith("tests/") or path.name == "benchmark.py"
+    return short(path).startswith("tests/") or path.name in ("benchmark.py", "benchmark_gpu.py")
 
 
 def offences(source: str, may_compare: bool) -> list[str]:

@@ -1,0 +1,146 @@
+"""Chapter 8: a mixture of experts, faster. The model files stay as they are.
+
+    fast_experts(model)     experts by what is cheapest for the number of tokens
+    plain_experts(model)    undoes it
+
+A step on a loaded model, in place and without copying a weight, as those of speed.py are. It
+changes how tokens reach their experts, and how an expert multiplies:
+
+- One token has its experts from the router, so they are called one after the other, and nothing is
+  sorted or counted. Nothing but the router grows with the number of experts.
+- Many tokens are sorted by expert once, as in the family's file, but then only the experts that
+  were chosen are looked at.
+- An expert multiplies one token by torch.mv. For the few dozen tokens that it gets of a prompt, the
+  product is made with the weight on the left, W x, and stays transposed until the expert is done:
+  the same multiplications, for which the library's kernels are better made.
+
+An expert is still called as a module, so what waits on disk (offload.py) is read, and one that was
+quantized (speed.quantize) multiplies in its own way. With gradients on, all is as in the family's
+file. `python -m ch08_full_models.experts_demo` measures what it gains.
+
+A tensor's name ends in its axes:
+    B  sequences                      T  tokens of a sequence
+    D  width of the stream            F  hidden width of an expert
+    N  tokens of all sequences: B * T                 A  experts that a token goes to
+    M  pairs of a token and an expert; within an expert, its tokens
+    1  an axis of length one
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ch08_full_models import deepseek_v3, llama4, mixtral, qwen3
+
+# Fewer float32 tokens than this are faster by F.linear. In bfloat16 no number of them was.
+FEW_FLOAT32 = 8
+
+
+class FastExpert:
+    """What comes before a family's MLP in its class."""
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not isinstance(self.gate_proj, nn.Linear):
+            return super().forward(x_MD)
+        gate_FD, up_FD, down_DF = (
+            linear.weight for linear in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        if len(x_MD) == 1:
+            h_F = F.silu(torch.mv(gate_FD, x_MD[0])) * torch.mv(up_FD, x_MD[0])
+            return torch.mv(down_DF, h_F)[None]
+        if x_MD.dtype == torch.float32 and len(x_MD) < FEW_FLOAT32:
+            return super().forward(x_MD)
+        h_FM = F.silu(gate_FD @ x_MD.T) * (up_FD @ x_MD.T)
+        return (down_DF @ h_FM).T
+
+
+class FastMoE:
+    """What comes before a family's MoE in its class."""
+
+    weighs_input = False  # the weight of an expert multiplies its input, not its output
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x_BTD)
+        x_ND = x_BTD.flatten(0, 1)
+        expert_NA, weight_NA = self.route(x_ND)
+        shared = getattr(self, "shared", None)
+        y_ND = torch.zeros_like(x_ND) if shared is None else shared(x_ND)
+        add = self.add_to_one if len(x_ND) == 1 else self.add_to_many
+        return add(y_ND, x_ND, expert_NA, weight_NA).view_as(x_BTD)
+
+    def add_to_one(
+        self, y_1D: Tensor, x_1D: Tensor, expert_1A: Tensor, weight_1A: Tensor
+    ) -> Tensor:
+        """What is there already and what the experts of the only token say, (1, D)."""
+        weight_A1 = weight_1A.T
+        inputs = (x_1D * weight_A1).split(1) if self.weighs_input else [x_1D] * len(weight_A1)
+        pairs = zip(expert_1A[0].tolist(), inputs, strict=True)
+        y_AD = torch.cat([self.experts[i](part_1D) for i, part_1D in pairs])
+        y_AD = y_AD if self.weighs_input else y_AD * weight_A1
+        return y_1D + y_AD.sum(dim=0, keepdim=True).type_as(y_1D)
+
+    def add_to_many(
+        self, y_ND: Tensor, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> Tensor:
+        """What is there already and what each token's experts say, (N, D)."""
+        expert_M, order_M = expert_NA.flatten().sort(stable=True)
+        active, n_tokens = expert_M.unique_consecutive(return_counts=True)
+        token_M, weight_M1 = order_M // self.n_active, weight_NA.flatten()[order_M, None]
+        x_MD = x_ND[token_M] * weight_M1 if self.weighs_input else x_ND[token_M]
+        parts = zip(active.tolist(), x_MD.split(n_tokens.tolist()), strict=True)
+        y_MD = torch.cat([self.experts[i](part_MD) for i, part_MD in parts])
+        y_MD = y_MD if self.weighs_input else y_MD * weight_M1
+        return y_ND.index_add_(0, token_M, y_MD.type_as(y_ND))
+
+
+class MixtralExpert(FastExpert, mixtral.MLP): ...
+
+
+class MixtralMoE(FastMoE, mixtral.MoE): ...
+
+
+class Qwen3Expert(FastExpert, qwen3.MLP): ...
+
+
+class Qwen3MoE(FastMoE, qwen3.MoE): ...
+
+
+class Llama4Expert(FastExpert, llama4.MLP): ...
+
+
+class Llama4MoE(FastMoE, llama4.MoE):
+    weighs_input = True
+
+
+class DeepSeekExpert(FastExpert, deepseek_v3.MLP): ...
+
+
+class DeepSeekMoE(FastMoE, deepseek_v3.MoE): ...
+
+
+FAST = {
+    mixtral.MoE: (MixtralMoE, MixtralExpert),
+    qwen3.MoE: (Qwen3MoE, Qwen3Expert),
+    llama4.MoE: (Llama4MoE, Llama4Expert),
+    deepseek_v3.MoE: (DeepSeekMoE, DeepSeekExpert),
+}
+
+
+def fast_experts(model: nn.Module) -> nn.Module:
+    """The model itself, its experts by what is cheapest. One without experts stays as it is."""
+    for module in model.modules():
+        if type(module) in FAST:
+            module.__class__, expert_class = FAST[type(module)]
+            for expert in module.experts:
+                expert.__class__ = expert_class
+    return model
+
+
+def plain_experts(model: nn.Module) -> nn.Module:
+    """Undoes fast_experts."""
+    for module in model.modules():
+        if isinstance(module, (FastMoE, FastExpert)):
+            module.__class__ = type(module).__bases__[1]  # the family's own
+    return model
