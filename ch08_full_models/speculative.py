@@ -21,21 +21,14 @@ probabilities at hand it would accept more.
 
 "The same text" has one condition: five tokens read at once and one by one are rounded differently.
 In float32 two logits must agree in five or six digits for that to change a token, in bfloat16 in
-two or three. So in float32 all our runs gave the same text; in bfloat16 one of two differed, from
-its 55th token on. It is then another text, not a worse one.
+two or three. It is then another text, not a worse one.
 
 When it pays: if the tokens that a forward yields outweigh what a longer forward costs more, and the
-draft itself. Measured by speculative_demo.py, in float32 on one core:
-
-- Five tokens at once take 1.5 (SmolLM2 135M) to 1.7 times (Gemma 3 270M) as long as one, eight
-  1.9 to 2.4 times. One core soon has too little arithmetic; a GPU has more to spare.
-- Prompt lookup makes a task that repeats its question 2.5 and 2.1 times as fast (3.9 and 3.6 tokens
-  a forward). A story gains nothing; wrong guesses cost up to a tenth.
-- A draft that is always right but as slow as the model loses (int4 here turns its weights back into
-  floats at each product), and so do the first ten layers alone, which were never right.
-- A small model trained with its module: 77 percent of the guesses right where text is drawn, 1.3
-  times as fast; 19 percent with an untrained module, slower than without. DeepSeek-V3 reports 85 to
-  90 percent and 1.8 times (section 5.4.3).
+draft itself. A draft that is always right but as slow as the model loses; prompt lookup costs
+nothing, and pays where the answer repeats the question. Measured by speculative_demo.py on a small
+model trained with its module, in float32 on one core: 77 percent of the guesses right where text is
+drawn, 1.3 times as fast; 19 percent with an untrained module, slower than without. DeepSeek-V3
+reports 85 to 90 percent and 1.8 times (section 5.4.3).
 
 A mixture of experts gains less, since every token read has experts of its own: the bytes grow with
 the guesses. So does a large batch: it has arithmetic enough already.

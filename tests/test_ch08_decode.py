@@ -260,8 +260,10 @@ def test_gpt2s_cache_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float"])
-def test_generated_code_keeps_the_logits(kind):
+def test_generated_code_keeps_the_logits(kind, monkeypatch):
     """With the real compiler: everything at once, against the plain model."""
+    # torch's compiler imports setuptools, which objects if a test before has imported distutils.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     model = small_model("gemma3", torch.bfloat16)
     model = vector_products(model) if kind == "float" else quantize(model, kind)
     tokens_BT = torch.randint(0, 224, (1, 14))

@@ -15,6 +15,7 @@ from transformers import (
 
 from ch08_full_models import offload
 from ch08_full_models.checkpoint import CheckpointError, family_of, load
+from ch08_full_models.decode import plain_decode
 from tests.parity import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,7 +197,7 @@ def test_half_precision(folder: Path) -> None:
     """Guards conversion on the way: bfloat16 from a float32 file, read late or early, is equal."""
     whole, _ = load(folder, dtype="bfloat16", device="cpu")
     small, _ = load(folder, dtype="bfloat16", device="cpu", memory=tight(whole, 3))
-    assert torch.equal(logits(small), logits(whole))
+    assert torch.equal(logits(small), logits(plain_decode(whole)))  # a disk goes without its steps
 
 
 def test_quantizing_needs_all_weights(folder: Path) -> None:

@@ -89,26 +89,17 @@ def test_plain_rounding():
     assert F.mse_loss(after, before) > 0
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="no committed record yet")
 def test_record():
     """Guards the claims in the script's docstring."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert record["tokens"] == 20_000 and record["kl_tokens"] == 1024
-    for name in quality.NAMES:
-        rows = record["results"][name]
-        assert list(rows) == list(quality.WAYS)
-        assert all(math.isfinite(row["kl"]) for row in rows.values())
-        assert abs(rows["int8"]["loss_change"]) <= 0.005
-        assert abs(rows["int4"]["loss_change"]) <= 0.04
-    gemma, smollm = (record["results"][name] for name in quality.NAMES)
-    plain, everywhere, suited = (
-        gemma[f"int4 in all layers{rest}"]["kl"]
-        for rest in (", plain rounding", "", ", calibrated")
-    )
-    assert suited < everywhere / 2 and everywhere < plain
-    assert gemma["int4"]["kl"] < everywhere / 2
-    near = gemma["int4, gates in int8, calibrated"]
-    assert near["kl"] < 2 * gemma["int8"]["kl"] < gemma["int4, calibrated"]["kl"]
-    assert near["bytes"] > 0.95 * gemma["int8"]["bytes"]
-    assert smollm["int4"]["kl"] < smollm["int8"]["kl"]
-    assert smollm["int4"]["bytes"] == smollm["int4 in all layers"]["bytes"]
+    rows = record["results"]["gemma3-270m"]
+    assert list(rows) == list(quality.WAYS)[:6]
+    assert all(math.isfinite(row["kl"]) for row in rows.values())
+    assert all(rows[kind]["loss_tokens"] > 19_900 for kind in ("float32", "int8", "int4"))
+    assert abs(rows["int8"]["loss_change"]) <= 0.005
+    assert abs(rows["int4"]["loss_change"]) <= 0.04
+    assert rows["int8, calibrated"]["kl"] < rows["int8"]["kl"]
+    assert rows["int4, calibrated"]["kl"] < rows["int4"]["kl"] / 2
+    assert rows["int4"]["kl"] > 3 * rows["int8"]["kl"]
+    assert 0.9 < rows["int4"]["bytes"] / rows["int8"]["bytes"] < 0.95

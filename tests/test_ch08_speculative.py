@@ -515,15 +515,9 @@ def test_first_layers() -> None:
 def test_the_record_says_what_the_text_says() -> None:
     """Guards the claims: the same text in each run, and what gains, by how much at least."""
     path = Path(speculative_demo.__file__).with_name("speculative.json")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    runs = [*record["real"], *record["trained"]]
+    runs = json.loads(path.read_text(encoding="utf-8"))["trained"]
     assert all(run["same_text"] and len(run["plain_s"]) >= 5 for run in runs)
-    for cost in record["forward"]:
-        one, *_, eight = cost["ms"]
-        assert cost["tokens"][0] == 1 and cost["tokens"][-1] == 8 and eight < 4 * one
-    for run in record["real"]:
-        if run["draft"] == "prompt lookup":
-            assert (run["speed_up"] > 1.5) == (run["task"] == "repeats")
-    drawn = [run for run in record["trained"] if run["temperature"] == 1 and run["n_draft"] == 1]
-    shares = {run["draft"]: run["acceptance"] for run in drawn}
-    assert shares["trained module"] > 2 * shares["untrained module"]
+    drawn = {run["draft"]: run for run in runs if run["temperature"] == 1 and run["n_draft"] == 1}
+    trained, untrained = drawn["trained module"], drawn["untrained module"]
+    assert round(trained["acceptance"], 2) == 0.77 and round(trained["speed_up"], 1) == 1.3
+    assert round(untrained["acceptance"], 2) == 0.19 and untrained["speed_up"] < 1
