@@ -135,15 +135,22 @@ def load(
 
 
 def make_faster(model: nn.Module, compile: bool) -> None:
-    """What keeps outputs within bfloat16's rounding (speed.py, decode.py). float32 stays as it is.
+    """What keeps outputs within rounding (speed.py, decode.py, experts.py).
+
+    A float32 model without experts stays as it is.
 
     Raises CheckpointError for a model that cannot be compiled.
     """
     from ch08_full_models import decode, speed
 
     if model.embed.weight.dtype == torch.bfloat16:
-        speed.vector_products(model)
+        if speed.mv_is_faster():
+            speed.vector_products(model)
         decode.short_norms(decode.grouped_attention(model))
+    if any(hasattr(module, "experts") for module in model.modules()):
+        from ch08_full_models import experts  # imports four families: only where it is of use
+
+        experts.fast_experts(model)
     if compile:
         try:
             decode.compiled_steps(model)

@@ -12,7 +12,8 @@ model in place, and plain_decode undoes them all:
 
 `load` takes the first two on a CPU. The third is for temperature 0. The last takes about a minute
 the first time, seconds later on, when it finds its code on disk; it needs a C++ compiler and pays
-where thousands of tokens are made. `python -m ch08_full_models.benchmark` measures them.
+where thousands of tokens are made. Which matrix products are best, torch's or the compiler's own,
+depends on the processor. `python -m ch08_full_models.benchmark` measures them.
 
 A tensor's name ends in its axes, as in the models:
     B  sequences      T  tokens in this call           S  tokens attention can see
@@ -328,6 +329,56 @@ def _(x_D: Tensor) -> Tensor:
     return torch.empty_like(x_D, dtype=torch.float32)
 
 
+class StepLinear(Changed):
+    """A Linear whose product of one token is written by the compiler."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != self.in_features or not torch.compiler.is_compiling():
+            return super().forward(x)
+        return written_product(x, self.weight, self.bias)
+
+
+class StepEmbedding(Changed):
+    """An Embedding whose weight, where it is the output matrix, is multiplied in the same way."""
+
+    @property
+    def weight(self) -> "StepWeight":
+        return StepWeight(self._parameters["weight"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self._parameters["weight"])
+
+
+class StepWeight:
+    """What the model's F.linear(x, embed.weight) meets."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.weight_VD = weight_VD
+        self.dtype, self.device, self.shape = weight_VD.dtype, weight_VD.device, weight_VD.shape
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
+        if func is not F.linear or kwargs or len(args) != 2:
+            raise TypeError(f"{func.__name__}: a compiled step's output matrix knows F.linear only")
+        x, w_VD = args[0], args[1].weight_VD
+        if x.numel() != w_VD.shape[1] or not torch.compiler.is_compiling():
+            return F.linear(x, w_VD)
+        return written_product(x, w_VD)
+
+
+def written_product(x: Tensor, w_ND: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of one row, from operations that a compiler joins: floats are summed, rounded once.
+
+    In memory order, without a product that is stored: the compiler makes one loop a row of it.
+    """
+    x_D = torch.ops.opaque.to_float(x.reshape(-1))
+    y_N = (w_ND.float() * x_D).sum(dim=1).to(x.dtype)
+    y_N = y_N if bias is None else y_N + bias
+    return y_N.view(*x.shape[:-1], -1)
+
+
 class StepCache:
     """What the compiled step meets in a LayerCache's place: memory that is there already.
 
@@ -365,8 +416,13 @@ def next_place(cache: object) -> tuple[Tensor, list[Tensor]]:
     return slot_1, [buffer[0, : seen_1S.shape[1]] for buffer in cache.buffers]
 
 
-def compiled_steps(model: nn.Module, backend: str = "inductor") -> nn.Module:
+def compiled_steps(
+    model: nn.Module, backend: str = "inductor", own_products: bool | None = None
+) -> nn.Module:
     """The model itself, one token's forward compiled into one function when it is first needed.
+
+    own_products: the compiler writes the products of bfloat16 matrices as well; else it calls
+    torch's. By default it does where torch.mv is slow (speed.mv_is_faster).
 
     Raises ValueError for a model with experts, since Python chooses them, and for a cache that is
     joined anew for each token (gpt2.py).
@@ -392,7 +448,16 @@ def compiled_steps(model: nn.Module, backend: str = "inductor") -> nn.Module:
     options = {"cpp.enable_floating_point_contract_flag": "fast"}
     options = options if backend == "inductor" else None
     compiled = torch.compile(step, fullgraph=True, backend=backend, options=options)
+    if own_products is None:
+        own_products = not speed.mv_is_faster()
+    heads = [module.inner for module in model.modules() if isinstance(module, TwoStepHead)]
     for module in model.modules():
+        weight = None if module in heads else module._parameters.get("weight")
+        if own_products and weight is not None and weight.dtype == torch.bfloat16:
+            if isinstance(module, nn.Linear):
+                change(module, StepLinear)
+            elif isinstance(module, nn.Embedding):
+                change(module, StepEmbedding)
         if isinstance(module, speed.Int8Matrix):
             change(module, StepInt8)
         if isinstance(module, speed.Int4Matrix):  # asked once, not by the compiled function

@@ -10,9 +10,10 @@ changes how tokens reach their experts, and how an expert multiplies:
   sorted or counted. Nothing but the router grows with the number of experts.
 - Many tokens are sorted by expert once, as in the family's file, but then only the experts that
   were chosen are looked at.
-- An expert multiplies one token by torch.mv. For the few dozen tokens that it gets of a prompt, the
-  product is made with the weight on the left, W x, and stays transposed until the expert is done:
-  the same multiplications, for which the library's kernels are better made.
+- An expert multiplies one token by torch.mv, in bfloat16 where that is fast (speed.py). For the few
+  dozen tokens that it gets of a prompt, the product is made with the weight on the left, W x, and
+  stays transposed until the expert is done: the same multiplications, for which the library's
+  kernels are better made.
 
 An expert is still called as a module, so what waits on disk (offload.py) is read, and one that was
 quantized (speed.quantize) multiplies in its own way. With gradients on, all is as in the family's
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ch08_full_models import deepseek_v3, llama4, mixtral, qwen3
+from ch08_full_models.speed import mv_is_faster
 
 # Fewer float32 tokens than this are faster by F.linear. In bfloat16 no number of them was.
 FEW_FLOAT32 = 8
@@ -46,10 +48,11 @@ class FastExpert:
         gate_FD, up_FD, down_DF = (
             linear.weight for linear in (self.gate_proj, self.up_proj, self.down_proj)
         )
-        if len(x_MD) == 1:
+        is_float = x_MD.dtype == torch.float32
+        if len(x_MD) == 1 and (is_float or mv_is_faster()):
             h_F = F.silu(torch.mv(gate_FD, x_MD[0])) * torch.mv(up_FD, x_MD[0])
             return torch.mv(down_DF, h_F)[None]
-        if x_MD.dtype == torch.float32 and len(x_MD) < FEW_FLOAT32:
+        if len(x_MD) < (FEW_FLOAT32 if is_float else 2):
             return super().forward(x_MD)
         h_FM = F.silu(gate_FD @ x_MD.T) * (up_FD @ x_MD.T)
         return (down_DF @ h_FM).T

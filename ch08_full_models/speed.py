@@ -8,16 +8,18 @@ Each step changes a loaded model in place:
 
 A token of decoding reads every weight once. So its time is the bytes of the weights, at the speed
 of memory, and what some two thousand small operations cost besides. These steps work on the first
-part. `load` takes the first step for bfloat16 on a CPU, where it is faster and changes results no
-more than bfloat16's own rounding does. Its integers are fitted to the weights alone; `quantize`
-with some text fits them to what the matrices are multiplied by. What that gains, and what each
-choice costs in quality, is in quality.py; `python -m ch08_full_models.benchmark` measures the rest.
+part. `load` takes the first step for bfloat16 on a CPU whose torch.mv is faster than its linear; it
+changes results no more than bfloat16's own rounding does. Its integers are fitted to the weights
+alone; `quantize` with some text fits them to what the matrices are multiplied by. What that gains,
+and what each choice costs in quality, is in quality.py; `python -m ch08_full_models.benchmark`
+measures the rest.
 
     D  columns of a matrix, its input   N  rows of a matrix, its output
     G  groups of columns that share a scale   C  columns in a group
 """
 
 import functools
+import time
 from collections.abc import Callable
 
 import torch
@@ -42,7 +44,7 @@ FEW_ROWS = 4  # up to here a product of integers is faster than making floats
 
 
 class VectorLinear(nn.Linear):
-    """A Linear that multiplies one token by torch.mv: on a CPU, in bfloat16, faster than linear."""
+    """A Linear that multiplies one token by torch.mv."""
 
     def forward(self, x: Tensor) -> Tensor:
         return vector_linear(x, self.weight, self.bias)
@@ -85,6 +87,25 @@ OPAQUE.impl("mv", torch.mv, "CompositeExplicitAutograd")
 @torch.library.register_fake("opaque::mv")
 def _(w_ND: Tensor, x_D: Tensor) -> Tensor:
     return x_D.new_empty(w_ND.shape[0])
+
+
+@functools.cache
+def mv_is_faster() -> bool:
+    """Whether torch.mv multiplies one bfloat16 token faster than F.linear on this machine's CPU.
+
+    It depends on the processor, either way by a fifth and more. So both are tried once, which takes
+    some hundredths of a second.
+    """
+    w_ND, x_D = torch.ones(1 << 12, 1 << 10).bfloat16(), torch.ones(1 << 10).bfloat16()
+    calls = (lambda: torch.mv(w_ND, x_D), lambda: F.linear(x_D[None], w_ND))
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for _ in range(6):  # by turns, and the fastest counts
+            for call, found in zip(calls, times, strict=True):
+                start = time.perf_counter()
+                call()
+                found.append(time.perf_counter() - start)
+    return 1.1 * min(times[0]) < min(times[1])
 
 
 def vector_products(model: nn.Module) -> nn.Module:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ch08_full_models import __main__ as cli
-from ch08_full_models import chat, checkpoint, llama3
+from ch08_full_models import chat, checkpoint, decode, llama3
 from ch08_full_models.checkpoint import MODELS, load
 from tests.test_ch08_chat import SMOLLM2, write_tokenizer
 
@@ -176,6 +178,28 @@ def test_quantize_shrinks_the_weights(folder: Path, run: Run) -> None:
     argv = ["Hi", "--model", folder, "--max-new-tokens", 2, "--stats"]
     whole, small = (json.loads(run(*argv, *more)[2]) for more in ([], ["--quantize", "int8"]))
     assert small["weight_bytes"] < whole["weight_bytes"]
+
+
+def test_compile_reaches_the_step(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --compile: the function that decodes is the compiled one, and says the same."""
+    argv = ["Hi", "--model", folder, "--max-new-tokens", 4, "--device", "cpu"]
+    plain = run(*argv)
+    compiled, calls = decode.compiled_steps, []
+
+    def counting(model: nn.Module) -> nn.Module:
+        compiled(model, backend="eager")  # the graph is captured, and run without a C++ compiler
+        step = type(model).step
+
+        def counted(*args: object) -> Tensor:
+            calls.append(args)
+            return step(*args)
+
+        type(model).step = staticmethod(counted)
+        return model
+
+    monkeypatch.setattr(decode, "compiled_steps", counting)
+    assert run(*argv, "--compile") == plain
+    assert len(calls) == 3  # the first token comes with the prefill
 
 
 def test_list_shows_every_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,8 +259,55 @@ def test_gpt2s_cache_is_refused():
         compiled_steps(model)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "float"])
-def test_generated_code_keeps_the_logits(kind, monkeypatch):
+@pytest.mark.parametrize("name", ["gemma3", "llama3"])
+def test_products_written_by_the_compiler(name):
+    """Every matrix, the head too, and all of it undone."""
+    model, graphs = small_model(name, torch.bfloat16), []
+    tokens_BT = torch.randint(0, 224, (1, 12))
+    before, classes = step_by_step(model, tokens_BT), [type(m) for m in model.modules()]
+    torch.compiler.reset()
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled_steps(model, keep, own_products=True)
+    assert close(step_by_step(model, tokens_BT), before, torch.bfloat16)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("to_float" in target for target in targets) == 7 * SMALL["n_layers"] + 1
+    assert not any("linear" in target for target in targets)
+    plain_decode(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(step_by_step(model, tokens_BT), before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_written_product_is_the_product(bias):
+    w_ND, x_11D = torch.randn(24, 40).bfloat16(), torch.randn(1, 1, 40).bfloat16()
+    bias_N = torch.randn(24).bfloat16() if bias else None
+    right = x_11D.double() @ w_ND.double().T + (bias_N.double() if bias else 0)
+    found = decode.written_product(x_11D, w_ND, bias_N)
+    assert found.shape == (1, 1, 24) and found.dtype == torch.bfloat16
+    assert (found.double() - right).abs().max() <= 2**-7 * right.abs().max()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_by_what_the_machine_is_fast_at(fast, monkeypatch):
+    """The compiler writes them where torch.mv is slow, and only there."""
+    monkeypatch.setattr("ch08_full_models.speed.mv_is_faster", lambda: fast)
+    model = compiled_steps(vector_products(small_model("gemma3", torch.bfloat16)), CAPTURE)
+    linear = model.blocks[0].attn.q_proj
+    assert isinstance(linear, decode.StepLinear) is not fast
+    assert isinstance(model.embed, decode.StepEmbedding) is not fast
+    head = two_step_head(small_model("gemma3", torch.bfloat16))
+    compiled_steps(head, CAPTURE)
+    assert not isinstance(head.embed.inner, decode.StepEmbedding)  # its rows are taken by number
+
+
+@pytest.mark.parametrize(
+    ("kind", "own_products"), [("int8", False), ("int4", False), ("float", False), ("float", True)]
+)
+def test_generated_code_keeps_the_logits(kind, own_products, monkeypatch):
     """With the real compiler: everything at once, against the plain model."""
     # torch's compiler imports setuptools, which objects if a test before has imported distutils.
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
@@ -270,11 +317,12 @@ def test_generated_code_keeps_the_logits(kind, monkeypatch):
     before = step_by_step(model, tokens_BT)
     torch.compiler.reset()
     short_norms(grouped_attention(model))
-    after = step_by_step(compiled_steps(model), tokens_BT)
+    after = step_by_step(compiled_steps(model, own_products=own_products), tokens_BT)
     assert close(after, before, torch.bfloat16)
     if kind == "float":
         plain_decode(model)
-        quick = step_by_step(compiled_steps(two_step_head(model)), tokens_BT)
+        quick = compiled_steps(two_step_head(model), own_products=own_products)
+        quick = step_by_step(quick, tokens_BT)
         largest = [logits.amax(dim=-1) for logits in (quick, before)]
         assert close(*largest, torch.bfloat16)
         assert not torch.equal(quick, after)  # the others are rough

@@ -1,6 +1,7 @@
 """Faster products and weights as integers: what they keep, what they cost, what they save."""
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -86,10 +87,32 @@ def test_training_and_batches_are_untouched(monkeypatch):
         model(torch.randint(0, 211, (2, 1)))
 
 
-def test_load_takes_the_step_for_bfloat16_alone(tiny):  # noqa: F811
-    for dtype, kind in ((torch.float32, nn.Linear), (torch.bfloat16, speed.VectorLinear)):
+@pytest.mark.parametrize("fast", [False, True])
+def test_load_takes_the_step_for_bfloat16_alone(tiny, fast, monkeypatch):  # noqa: F811
+    """And where torch.mv is the faster one."""
+    monkeypatch.setattr(speed, "mv_is_faster", lambda: fast)
+    in_bfloat16 = speed.VectorLinear if fast else nn.Linear
+    for dtype, kind in ((torch.float32, nn.Linear), (torch.bfloat16, in_bfloat16)):
         model, _ = load(tiny, dtype, "cpu")
         assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {kind}
+
+
+@pytest.mark.parametrize(("slow", "faster"), [("mv", False), ("linear", True)])
+def test_which_is_faster_is_tried(slow, faster, monkeypatch):
+    """One of the two is made to wait; the answer is kept."""
+    module, calls = torch if slow == "mv" else F, []
+    product = getattr(module, slow)
+
+    def late(*arguments):
+        calls.append(slow)
+        time.sleep(0.05)
+        return product(*arguments)
+
+    monkeypatch.setattr(module, slow, late)
+    speed.mv_is_faster.cache_clear()
+    assert speed.mv_is_faster() is speed.mv_is_faster() is faster
+    assert len(calls) == 6
+    speed.mv_is_faster.cache_clear()
 
 
 # Whole numbers
