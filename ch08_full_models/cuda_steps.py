@@ -37,6 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ch08_full_models import llama4
+from ch08_full_models.decode import plain_decode
+from ch08_full_models.experts import plain_experts
 
 UNFILLED = 1 << 30  # the position of a place without a token: later than any query's
 
@@ -292,9 +294,10 @@ def fixed_steps(model: nn.Module, room: int, backend: str | None = None) -> nn.M
     """The model itself, its new caches for `room` tokens, its steps of one token replayed.
 
     backend: torch.compile's, for the layers. Weights of experts move into one tensor a layer and
-    stay there. Raises ValueError for a model that has no such steps.
+    stay there. What `load` has done for a CPU is undone (decode.py, experts.py). Raises ValueError
+    for a model that has no such steps.
     """
-    plain_steps(model)
+    plain_experts(plain_decode(plain_steps(model)))
     family = sys.modules[type(model).__module__]
     if room < 1 or not hasattr(family, "rope_frequencies"):
         what = f"room is {room}" if room < 1 else f"{family.__name__} has no caches of fixed size"

@@ -3,17 +3,17 @@
 One layer of routed experts (Qwen3-MoE's router), 6 of 16, 64 or 256 experts for each token. It is
 computed three ways, which take turns: by the loop over all experts that one writes first, by the
 family's own forward, and by that of experts.py. In bfloat16 the last two have speed.py's vector
-products, as `load` gives them. A layer is measured
+products where torch.mv is fast, as `load` gives them. A layer is measured
 
 - for one token, 32 different ones after each other, each through another of several layers. All
   layers together are far larger than the processor's caches, and as large for 16 experts as for
   256: they lie in the same memory, cut in another way. So the weights come from memory, always.
 - for 256 tokens at once.
 
-Beside it stands what reading the active experts' weights takes at the speed of one large product:
-torch.mv of a matrix in the same type that is all of that memory. A row "products alone" gives the
-time of torch.mv for each of the same experts' matrices and nothing else, the least that a layer
-takes without another kernel: matrices of one or two megabytes are not read as fast as a large one.
+Beside it stands what reading the active experts' weights takes, at the speed at which torch adds up
+all of that memory. A row "products alone" gives the time of each of the same experts' matrix
+products and nothing else, by torch.mv or linear as experts.py does: the least that a layer takes
+without another kernel.
 
     D  columns of a matrix    R  rows of all matrices together    E  experts of all layers
     B  sequences    T  tokens of a sequence    N  tokens    A  experts of a token
@@ -32,13 +32,14 @@ from statistics import median
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ch01_gpt2.notebook import table
 from ch01_gpt2.train import environment, result_path, save_json
 from ch08_full_models.experts import fast_experts
 from ch08_full_models.qwen3 import Config, MoE
-from ch08_full_models.speed import vector_products
+from ch08_full_models.speed import mv_is_faster, vector_products
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
     n_active: int = 6
     experts: tuple[int, ...] = (16, 64, 256)
     middle: int = 64  # experts, where one number is asked for
-    memory: int = 1_600_000_000  # bytes of all layers together, at most, if one layer fits
+    memory: int = 1_620_000_000  # bytes of all layers together, at most, if one layer fits
     n_single: int = 32  # tokens, one at a time
     n_many: int = 256  # tokens at once
     rounds: int = 9
@@ -88,11 +89,13 @@ def loop_all(layer: MoE, x_BTD: Tensor) -> Tensor:
 def products_alone(layer: MoE, x_BTD: Tensor) -> Tensor:
     """One token times its experts' matrices, and nothing in between, (D,) of the last."""
     x_1D = x_BTD.flatten(0, 1)
+    by_mv = x_1D.dtype == torch.float32 or mv_is_faster()
+    product = torch.mv if by_mv else lambda w_RD, x_D: F.linear(x_D, w_RD)
     for i in layer.route(x_1D)[0][0].tolist():
         expert = layer.experts[i]
-        up = torch.mv(expert.up_proj.weight, x_1D[0])
-        torch.mv(expert.gate_proj.weight, x_1D[0])
-        y_D = torch.mv(expert.down_proj.weight, up)
+        up = product(expert.up_proj.weight, x_1D[0])
+        product(expert.gate_proj.weight, x_1D[0])
+        y_D = product(expert.down_proj.weight, up)
     return y_D
 
 
@@ -102,7 +105,7 @@ def big_matrix(plan: Plan, dtype: torch.dtype) -> Tensor:
     n = max(1, plan.memory // (dtype.itemsize * rows * plan.d_model * max(plan.experts)))
     expert_D = torch.randn(rows, plan.d_model) / plan.d_model**0.5
     big_RD = torch.empty(n * max(plan.experts) * rows, plan.d_model, dtype=dtype)
-    for part, shift in zip(big_RD.split(rows), range(1, 1 << 20), strict=False):
+    for shift, part in enumerate(big_RD.split(rows), 1):
         part.copy_(expert_D.roll(shift))  # no two experts alike, and faster than drawing each
     return big_RD
 
@@ -139,7 +142,7 @@ def ways(plan: Plan, big_RD: Tensor, n_experts: int) -> dict[str, tuple[Callable
     fast = [fast_experts(layer) for layer in make_layers(plan, big_RD, n_experts)]
     torch.manual_seed(plan.seed)
     family = make_layers(plan, big_RD, n_experts)
-    if big_RD.dtype == torch.bfloat16:
+    if big_RD.dtype == torch.bfloat16 and mv_is_faster():
         for layer in family + fast:
             vector_products(layer)
     return {
@@ -178,7 +181,7 @@ def measure(plan: Plan, dtype_name: str) -> dict:
                     key = (plan.n_many, n_experts, name)
                     found.setdefault(key, []).append(seconds(way, layers, many, turn))
         start = time.perf_counter()
-        torch.mv(big_RD, one[turn % len(one)].flatten())
+        big_RD.view(torch.int64).sum()
         found.setdefault(("read",), []).append(time.perf_counter() - start)
     times = {key: median(values[1:]) for key, values in found.items()}
     active_bytes = plan.n_active * 3 * plan.d_expert * plan.d_model * dtype.itemsize

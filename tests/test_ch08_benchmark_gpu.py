@@ -45,6 +45,8 @@ from ch08_full_models.benchmark_gpu import (
 )
 from ch08_full_models.checkpoint import MODELS, build, find_family
 from ch08_full_models.cuda_steps import fixed_steps, plain_steps
+from ch08_full_models.decode import grouped_attention
+from ch08_full_models.experts import fast_experts
 from ch08_full_models.speed import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,6 +255,18 @@ def test_a_recorded_step_can_be_replayed(name: str, graphs: list[FakeGraph]) -> 
     names = [str(func) for func, *_ in graphs[0].recording.calls]
     assert len(names) > 100
     assert [n for n in names if any(w in n for w in WAITING)] == []
+
+
+@pytest.mark.parametrize("name", ["qwen3, window, experts", "deepseek_v3"])
+def test_steps_for_a_cpu_are_undone_first(name: str) -> None:
+    """Guards against code that waits for the GPU, which a graph cannot record."""
+    plain, model, tokens_BT = tiny(name), tiny(name), text()
+    fast_experts(grouped_attention(model))
+    assert [type(m) for m in model.modules()] != [type(m) for m in plain.modules()]
+    fixed_steps(model, N)
+    assert [type(m) for m in model.modules()][1:] == [type(m) for m in plain.modules()][1:]
+    found = read(model, tokens_BT, model.new_cache())
+    assert close(found, read(plain, tokens_BT, plain.new_cache()))
 
 
 def test_what_goes_wrong_is_said() -> None:
