@@ -292,7 +292,7 @@ class CompiledStep(Changed):
         if not usable or cache[0].n_pad_B is not None or torch.is_grad_enabled():
             return super().forward(tokens_BT, cache, last_only)
         pos_11 = cache[0].positions(tokens_BT)
-        places = [next_place(layer) for layer in cache]
+        places = next_places(cache)
         for buffer in (buffer for _, buffers in places for buffer in buffers):
             torch._dynamo.maybe_mark_dynamic(buffer, 0)  # one function for any number of tokens
         with no_duck_shapes():
@@ -401,19 +401,28 @@ class StepCache:
         return False
 
 
-def next_place(cache: object) -> tuple[Tensor, list[Tensor]]:
+def next_places(layers: list) -> list[tuple[Tensor, list[Tensor]]]:
     """Makes room for one more token: where it goes (1,), and of each buffer what it may see.
 
-    The family's own cache is asked, by a copy of it that holds one number a token.
+    The family's own cache is asked, by a copy of it that holds one number a token; layers that are
+    alike but for what they hold are asked once.
     """
-    cache.n_seen += 1
-    cache.grow(cache.buffers)
-    trial = copy.copy(cache)
-    trial.n_seen -= 1
-    trial.buffers = (torch.zeros(1, cache.buffers[0].shape[1], dtype=torch.bool),)
-    (seen_1S,) = trial.append(torch.ones(1, 1, dtype=torch.bool))
-    slot_1 = seen_1S[0].nonzero()[:, 0]
-    return slot_1, [buffer[0, : seen_1S.shape[1]] for buffer in cache.buffers]
+    answers: dict[tuple, tuple[Tensor, int]] = {}
+    places = []
+    for layer in layers:
+        layer.n_seen += 1
+        layer.grow(layer.buffers)
+        settings = (value for name, value in vars(layer).items() if name != "buffers")
+        key = (type(layer), layer.buffers[0].shape[1], *settings)
+        if key not in answers:
+            trial = copy.copy(layer)
+            trial.n_seen -= 1
+            trial.buffers = (torch.zeros(1, layer.buffers[0].shape[1], dtype=torch.bool),)
+            (seen_1S,) = trial.append(torch.ones(1, 1, dtype=torch.bool))
+            answers[key] = seen_1S[0].nonzero()[:, 0], seen_1S.shape[1]
+        slot_1, n_visible = answers[key]
+        places.append((slot_1, [buffer[0, :n_visible] for buffer in layer.buffers]))
+    return places
 
 
 def compiled_steps(
@@ -422,7 +431,8 @@ def compiled_steps(
     """The model itself, one token's forward compiled into one function when it is first needed.
 
     own_products: the compiler writes the products of bfloat16 matrices as well; else it calls
-    torch's. By default it does where torch.mv is slow (speed.mv_is_faster).
+    torch's. By default it does where torch.mv is slow (speed.mv_is_faster). A compiled model must
+    not be changed, but by plain_decode, which undoes this.
 
     Raises ValueError for a model with experts, since Python chooses them, and for a cache that is
     joined anew for each token (gpt2.py).
@@ -445,9 +455,11 @@ def compiled_steps(
     # torch counts compilations by code object, and stops at eight: each model has one of its own.
     step.__code__ = step.__code__.replace()
     # A product and an addition may be one instruction: that rounds less, not more.
-    options = {"cpp.enable_floating_point_contract_flag": "fast"}
-    options = options if backend == "inductor" else None
-    compiled = torch.compile(step, fullgraph=True, backend=backend, options=options)
+    options = {"cpp.enable_floating_point_contract_flag": "fast"} if backend == "inductor" else {}
+    # torch would look at each module before each token, whether it is still the same.
+    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    compiled = torch.compile(step, fullgraph=True, backend=backend, options=options or None)
     if own_products is None:
         own_products = not speed.mv_is_faster()
     heads = [module.inner for module in model.modules() if isinstance(module, TwoStepHead)]
