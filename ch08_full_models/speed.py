@@ -96,7 +96,8 @@ def mv_is_faster() -> bool:
     It depends on the processor, either way by a fifth and more. So both are tried once, which takes
     some hundredths of a second.
     """
-    w_ND, x_D = torch.ones(1 << 12, 1 << 10).bfloat16(), torch.ones(1 << 10).bfloat16()
+    w_ND = torch.ones(1 << 11, 1 << 10, dtype=torch.bfloat16)
+    x_D = torch.ones(1 << 10, dtype=torch.bfloat16)
     calls = (lambda: torch.mv(w_ND, x_D), lambda: F.linear(x_D[None], w_ND))
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():

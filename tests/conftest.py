@@ -24,11 +24,7 @@ SLOWEST_FIRST = ("test_notebooks.py", "test_grade.py", "test_release.py", "test_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, since they share what they made; so do a notebook's."""
-    for item in items:
-        path = getattr(item, "callspec", None) and item.callspec.params.get("path")
-        alone = item.path.name == "test_notebooks.py" and path is not None
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {path.stem if alone else ''}"))
+    """Files that take minutes begin first, so that no process is left alone with one at the end."""
     rank = {name: n for n, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
