@@ -144,7 +144,8 @@ def make_faster(model: nn.Module, compile: bool) -> None:
     from ch08_full_models import decode, speed
 
     if model.embed.weight.dtype == torch.bfloat16:
-        if speed.mv_is_faster():
+        packed = not isinstance(model.embed.weight, Tensor)  # then what is left in floats is small
+        if not packed and speed.mv_is_faster():
             speed.vector_products(model)
         decode.short_norms(decode.grouped_attention(model))
     if any(hasattr(module, "experts") for module in model.modules()):

@@ -94,18 +94,21 @@ def mv_is_faster() -> bool:
     """Whether torch.mv multiplies one bfloat16 token faster than F.linear on this machine's CPU.
 
     It depends on the processor, either way by a fifth and more. So both are tried once, which takes
-    some hundredths of a second.
+    some hundredths of a second. On one thread, and the fastest try counts: where other programs
+    run, threads would wait for each other.
     """
-    w_ND = torch.ones(1 << 11, 1 << 10, dtype=torch.bfloat16)
-    x_D = torch.ones(1 << 10, dtype=torch.bfloat16)
-    calls = (lambda: torch.mv(w_ND, x_D), lambda: F.linear(x_D[None], w_ND))
+    w_ND = torch.ones(1 << 12, 1 << 10, dtype=torch.bfloat16)
+    x_D, threads = w_ND[0].clone(), torch.get_num_threads()
+    products = (torch.mv, lambda part_ND, x_D: F.linear(x_D[None], part_ND))
     times: tuple[list[float], list[float]] = ([], [])
+    torch.set_num_threads(1)
     with torch.no_grad():
-        for _ in range(6):  # by turns, and the fastest counts
-            for call, found in zip(calls, times, strict=True):
+        for part_ND in w_ND.split(1 << 8):
+            for product, found in zip(products, times, strict=True):
                 start = time.perf_counter()
-                call()
+                product(part_ND, x_D)
                 found.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return 1.1 * min(times[0]) < min(times[1])
 
 
