@@ -10,10 +10,10 @@ changes how tokens reach their experts, and how an expert multiplies:
   sorted or counted. Nothing but the router grows with the number of experts.
 - Many tokens are sorted by expert once, as in the family's file, but then only the experts that
   were chosen are looked at.
-- An expert multiplies one token by torch.mv, in bfloat16 where that is fast (speed.py). For the few
-  dozen tokens that it gets of a prompt, the product is made with the weight on the left, W x, and
-  stays transposed until the expert is done: the same multiplications, for which the library's
-  kernels are better made.
+- An expert multiplies one token by torch.mv, in bfloat16 where that is fast (speed.mv_is_faster).
+  There, the product for the few dozen tokens that it gets of a prompt is made with the weight on
+  the left, W x, and stays transposed until the expert is done: the same multiplications by other
+  kernels. Of two processors that were measured, one gains by both and one loses by both.
 
 An expert is still called as a module, so what waits on disk (offload.py) is read, and one that was
 quantized (speed.quantize) multiplies in its own way. With gradients on, all is as in the family's
@@ -52,7 +52,7 @@ class FastExpert:
         if len(x_MD) == 1 and (is_float or mv_is_faster()):
             h_F = F.silu(torch.mv(gate_FD, x_MD[0])) * torch.mv(up_FD, x_MD[0])
             return torch.mv(down_DF, h_F)[None]
-        if len(x_MD) < (FEW_FLOAT32 if is_float else 2):
+        if len(x_MD) < (FEW_FLOAT32 if is_float else 2) or not mv_is_faster():
             return super().forward(x_MD)
         h_FM = F.silu(gate_FD @ x_MD.T) * (up_FD @ x_MD.T)
         return (down_DF @ h_FM).T
