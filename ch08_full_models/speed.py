@@ -35,7 +35,7 @@ STAY = (
 )  # fmt: skip
 INT4_GROUP = 32  # columns that share a scale, as in GGUF's Q4 formats
 COLUMN_ROWS = 1024  # rows, at most, of a matrix that say how large its columns are
-PART = 1 << 11  # rows of a matrix that are floats at a time where it is needed whole
+PART = 1 << 10  # rows of a matrix that are floats at a time where it is needed whole
 FIT = 1 << 17  # numbers that are fitted at a time, which takes ten times as many
 FEW_ROWS = 4  # up to here a product of integers is faster than making floats
 
@@ -180,8 +180,8 @@ class Int8Matrix(nn.Module):
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Some rows in floats, (..., D)."""
-        w = self.int_ND[index].to(self.scale_N.dtype) * self.scale_N[index][..., None]
-        return w if self.column_D is None else w * self.column_D
+        w = self.int_ND[index].to(self.scale_N.dtype).mul_(self.scale_N[index][..., None])
+        return w if self.column_D is None else w.mul_(self.column_D)
 
     def multiply(self, x_MD: Tensor) -> Tensor:
         """x times the transposed matrix, (M, N), columns' scales aside; makes no floats of it."""
