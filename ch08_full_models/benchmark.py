@@ -112,7 +112,7 @@ def ours(path: str, kind: str) -> Runner:
 
         return statistics.mean(losses(model, windows(tokens, min(WINDOW, len(tokens)))))
 
-    return Runner(timed, log_probs, None if steps else loss)  # compiled, one token is the same
+    return Runner(timed, log_probs, None if steps else loss)  # steps change single tokens
 
 
 def transformers_side(path: str, kind: str) -> Runner:

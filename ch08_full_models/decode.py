@@ -191,21 +191,18 @@ class TwoStepHead(nn.Module):
         return logit_V.view(*x.shape[:-1], -1)
 
 
-class HeadWeight:
+class HeadWeight(speed.LinearOnly):
     """What the model's F.linear(x, embed.weight) meets."""
+
+    what = "a head in two steps"
 
     def __init__(self, head: TwoStepHead) -> None:
         self.head = head
         self.dtype, self.device = head.inner.weight.dtype, head.inner.weight.device
         self.shape = head.inner.weight.shape
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> Tensor:
-        if func is not F.linear or kwargs or len(args) != 2:
-            raise TypeError(f"{func.__name__}: a head in two steps knows F.linear only")
-        return args[1].head.multiply(args[0])
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.head.multiply(x)
 
 
 def rough_copy(w_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,23 +346,19 @@ class StepEmbedding(Changed):
         return F.embedding(tokens, self._parameters["weight"])
 
 
-class StepWeight:
+class StepWeight(speed.LinearOnly):
     """What the model's F.linear(x, embed.weight) meets."""
+
+    what = "a compiled step's output matrix"
 
     def __init__(self, weight_VD: Tensor) -> None:
         self.weight_VD = weight_VD
         self.dtype, self.device, self.shape = weight_VD.dtype, weight_VD.device, weight_VD.shape
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> Tensor:
-        if func is not F.linear or kwargs or len(args) != 2:
-            raise TypeError(f"{func.__name__}: a compiled step's output matrix knows F.linear only")
-        x, w_VD = args[0], args[1].weight_VD
-        if x.numel() != w_VD.shape[1] or not torch.compiler.is_compiling():
-            return F.linear(x, w_VD)
-        return written_product(x, w_VD)
+    def multiply(self, x: Tensor) -> Tensor:
+        if x.numel() != self.shape[1] or not torch.compiler.is_compiling():
+            return F.linear(x, self.weight_VD)
+        return written_product(x, self.weight_VD)
 
 
 def written_product(x: Tensor, w_ND: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -403,21 +403,33 @@ def packed_linear(matrix: Int8Matrix | Int4Matrix, x: Tensor) -> Tensor:
     return y_MN.view(*x.shape[:-1], -1)
 
 
-class PackedWeight:
-    """What the model's F.linear(x, embed.weight) meets, where the embedding is packed."""
+class LinearOnly:
+    """Stands where a model has a matrix, and knows one use of it: F.linear(x, matrix)."""
 
-    def __init__(self, matrix: Int8Matrix) -> None:
-        self.matrix = matrix
-        self.dtype, self.device = matrix.scale_N.dtype, matrix.scale_N.device
-        self.shape = (matrix.out_features, matrix.in_features)
+    what: str  # it is, for the message
+    multiply: Callable[[Tensor], Tensor]  # what F.linear is to give
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Tensor:
         if func is not F.linear or kwargs or len(args) != 2:
-            raise TypeError(f"{func.__name__}: a packed embedding knows F.linear only")
-        return packed_linear(args[1].matrix, args[0])
+            raise TypeError(f"{func.__name__}: {cls.what} knows F.linear only")
+        return args[1].multiply(args[0])
+
+
+class PackedWeight(LinearOnly):
+    """What the model's F.linear(x, embed.weight) meets, where the embedding is packed."""
+
+    what = "a packed embedding"
+
+    def __init__(self, matrix: Int8Matrix) -> None:
+        self.matrix = matrix
+        self.dtype, self.device = matrix.scale_N.dtype, matrix.scale_N.device
+        self.shape = (matrix.out_features, matrix.in_features)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return packed_linear(self.matrix, x)
 
 
 class Int8Embedding(nn.Module):
