@@ -18,8 +18,8 @@ depends on the processor. `python -m ch08_full_models.benchmark` measures them.
 A tensor's name ends in its axes, as in the models:
     B  sequences      T  tokens in this call           S  tokens attention can see
     H  query heads    J  key/value heads               G  query heads that share one: H/J
-    V  vocabulary     D  width of the residual stream  K  width of one head
-    M  words that can win                              1  an axis of length one
+    V  vocabulary     D  width of the residual stream  K  width of one head, U of its values
+    M  words that can win            C  some of the columns, 32      1  an axis of length one
 """
 
 import copy
@@ -36,6 +36,7 @@ from ch08_full_models import speed
 
 SCAN_GROUP = 32  # columns that share a step in the rough product
 SUMS = 8
+N_TRIED = 64  # tokens that show in which columns the states are large
 FEW = 0.25  # of the words: where more than these can win, the full product is as fast
 
 
@@ -50,7 +51,8 @@ def change(module: nn.Module, base: type, **members: object) -> None:
     plain = type(module)
     # family_of finds the family by the class's module.
     members = {"plain": plain, "__module__": plain.__module__, **members}
-    module.__class__ = type(f"{base.__name__}{plain.__name__}", (base, plain), members)
+    bases = (plain,) if issubclass(plain, base) else (base, plain)
+    module.__class__ = type(f"{base.__name__}{plain.__name__}", bases, members)
 
 
 def plain_decode(model: nn.Module) -> nn.Module:
@@ -74,12 +76,18 @@ def grouped_attention(model: nn.Module) -> nn.Module:
     The layers run their own code; one name in it has another meaning.
     """
     for module in model.modules():
-        code = getattr(type(module).forward, "__code__", None)
-        if code and "attend" in code.co_names and not isinstance(module, Changed):
-            forward = type(module).forward
-            attend = grouped(forward.__globals__["attend"])
-            change(module, Changed, forward=with_names(forward, attend=attend))
+        if not isinstance(module, Changed):
+            change_attend(module, grouped)
     return model
+
+
+def change_attend(module: nn.Module, make: Callable[[Callable], Callable]) -> None:
+    """Puts make(attend) in the place of attend where the module's forward has that name."""
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if code and "attend" in code.co_names:
+        attend = make(forward.__globals__["attend"])
+        change(module, Changed, forward=with_names(forward, attend=attend))
 
 
 def with_names(function: Callable, **names: object) -> Callable:
@@ -149,21 +157,26 @@ class TwoStepHead(nn.Module):
 
     A copy of the matrix in 4 bits gives every word's logit roughly, and how far off it can be: the
     logit is w . x, the rough one w' . x, so they differ by at most |w - w'| |x| (Cauchy and
-    Schwarz). A word that could not win even so much higher is out. The others, some hundreds, are
+    Schwarz). A word that could not win even so much higher is out. The others, some dozens, are
     multiplied exactly. Rounding of the results to bfloat16 widens the bound.
+
+    Most of |x| lies in a few columns, the same ones for every token. Of 32 of them, wide_C, the
+    copy keeps its own error too, in 4 bits: a last group of columns, which x meets once more. So
+    the bound is small times the large part of x, plus |w - w'| times the small one.
 
     Takes the place of an embedding that is the output matrix too, or of a Linear; `inner` is that.
     """
 
-    def __init__(self, inner: nn.Embedding | nn.Linear) -> None:
+    def __init__(self, inner: nn.Embedding | nn.Linear, wide_C: Tensor) -> None:
         super().__init__()
         self.kind = type(inner.weight)  # speed.VectorWeight, say; here a plain one will do
         inner.weight = nn.Parameter(inner.weight.detach(), inner.weight.requires_grad)
         self.inner = inner
-        pairs, step_zero_GV2, error_V = rough_copy(inner.weight.detach())
+        pairs, step_zero_GV2, error_2V = rough_copy(inner.weight.detach(), wide_C)
+        self.register_buffer("wide_C", wide_C)
         self.register_buffer("pairs", pairs)
         self.register_buffer("step_zero_GV2", step_zero_GV2)
-        self.register_buffer("error_V", error_V)
+        self.register_buffer("error_2V", error_2V)
 
     @property
     def weight(self) -> "HeadWeight":
@@ -186,7 +199,7 @@ class TwoStepHead(nn.Module):
         if x.numel() != w_VD.shape[1]:
             return F.linear(x, w_VD)
         logit_V = torch.ops.opaque.two_step(
-            x.reshape(-1), w_VD, self.pairs, self.step_zero_GV2, self.error_V
+            x.reshape(-1), w_VD, self.wide_C, self.pairs, self.step_zero_GV2, self.error_2V
         )
         return logit_V.view(*x.shape[:-1], -1)
 
@@ -205,48 +218,77 @@ class HeadWeight(speed.LinearOnly):
         return self.head.multiply(x)
 
 
-def rough_copy(w_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix in 4 bits, as torch's product takes it, and each row's distance from it (V,).
+def rough_copy(w_VD: Tensor, wide_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix in 4 bits, as torch's product takes it: pairs, and a step and a zero a group.
 
-    Plain rounding from the smallest to the largest of each group: what matters is the bound.
+    Behind its columns stand the errors of the columns wide_C. Also each row's distance from the
+    matrix, (2, V), at most: in the columns wide_C, and in the others.
     """
     ints, steps, errors = [], [], []
-    for part_ND in w_VD.split(speed.PART):
-        part_NGC = part_ND.float().unflatten(1, (-1, SCAN_GROUP))
-        low_NG1, high_NG1 = part_NGC.amin(dim=2, keepdim=True), part_NGC.amax(dim=2, keepdim=True)
-        step_NG1 = ((high_NG1 - low_NG1) / 15).clamp(min=1e-8).to(w_VD.dtype).float()
-        zero_NG1 = (low_NG1 + 8 * step_NG1).to(w_VD.dtype).float()
-        int_NGC = ((part_NGC - zero_NG1) / step_NG1 + 8).round().clamp(0, 15)
-        rough_NGC = (int_NGC - 8) * step_NG1 + zero_NG1
-        errors.append((rough_NGC - part_NGC).flatten(1).norm(dim=1))
-        ints.append(int_NGC.flatten(1).to(torch.uint8))
-        steps.append(torch.cat((step_NG1, zero_NG1), dim=2).to(w_VD.dtype))
+    for w_ND in w_VD.split(speed.PART):
+        w_ND = w_ND.float()
+        int_ND, step_zero_NG2, rough_ND = plainly_rounded(w_ND, w_VD.dtype)
+        error_ND = w_ND - rough_ND
+        int_NC, step_zero_N12, rough_NC = plainly_rounded(error_ND[:, wide_C], w_VD.dtype)
+        error_NC = error_ND[:, wide_C] - rough_NC
+        error_ND[:, wide_C] = 0
+        # Some processors round a rough weight to bfloat16 before they multiply.
+        rounding_N = 2**-9 * rough_ND.norm(dim=1)
+        errors.append(torch.stack((error_NC.norm(dim=1), error_ND.norm(dim=1))) + rounding_N)
+        ints.append(torch.cat((int_ND, int_NC), dim=1))
+        steps.append(torch.cat((step_zero_NG2, step_zero_N12), dim=1))
     pairs = torch._convert_weight_to_int4pack_for_cpu(torch.cat(ints).int(), 1)
-    return pairs, torch.cat(steps).transpose(0, 1).contiguous(), torch.cat(errors)
+    return pairs, torch.cat(steps).transpose(0, 1).contiguous(), torch.cat(errors, dim=1)
+
+
+def plainly_rounded(w_ND: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers 0 to 15 (N, D), step and zero (N, G, 2) in that dtype, and what they stand for.
+
+    From the smallest to the largest of each group: what matters here is the bound.
+    """
+    w_NGC = w_ND.unflatten(1, (-1, SCAN_GROUP))
+    low_NG1, high_NG1 = w_NGC.amin(dim=2, keepdim=True), w_NGC.amax(dim=2, keepdim=True)
+    step_NG1 = ((high_NG1 - low_NG1) / 15).clamp(min=1e-8).to(dtype).float()
+    zero_NG1 = (low_NG1 + 8 * step_NG1).to(dtype).float()
+    int_NGC = ((w_NGC - zero_NG1) / step_NG1 + 8).round().clamp(0, 15)
+    rough_NGC = (int_NGC - 8) * step_NG1 + zero_NG1
+    step_zero_NG2 = torch.cat((step_NG1, zero_NG1), dim=2).to(dtype)
+    return int_NGC.flatten(1).to(torch.uint8), step_zero_NG2, rough_NGC.flatten(1)
 
 
 def two_step(
-    x_D: Tensor, w_VD: Tensor, pairs: Tensor, step_zero_GV2: Tensor, error_V: Tensor
+    x_D: Tensor,
+    w_VD: Tensor,
+    wide_C: Tensor,
+    pairs: Tensor,
+    step_zero_GV2: Tensor,
+    error_2V: Tensor,
 ) -> Tensor:
     """Logits (V,): exact for every word that can be the likeliest, rough for the others."""
-    rough_1V = torch._weight_int4pack_mm_for_cpu(x_D[None], pairs, SCAN_GROUP, step_zero_GV2)
-    rough_V, x_norm = rough_1V[0].float(), 1.001 * x_D.float().norm().item()
-    # The exact logit of a good guess: who cannot reach that is out.
-    best = torch.mv(w_VD[rough_V.argmax()][None], x_D).item()
+    x_C = x_D[wide_C]
+    both_1E = torch.cat((x_D, x_C))[None]
+    rough_1V = torch._weight_int4pack_mm_for_cpu(both_1E, pairs, SCAN_GROUP, step_zero_GV2)
+    narrow_D = x_D.float().index_fill(0, wide_C, 0.0)
+    wide, narrow = 1.001 * x_C.float().norm().item(), 1.001 * narrow_D.norm().item()
+    rough_V, off_V = rough_1V[0].float(), (wide * error_2V[0]).add_(error_2V[1], alpha=narrow)
     # Both products are rounded to bfloat16, so each may be off by 2**-9 of the largest there is.
-    largest = rough_V.abs().amax().item() + x_norm * error_V.amax().item()
-    reach_V = torch.add(rough_V, error_V, alpha=x_norm)
-    open_M = (reach_V >= best - largest * 2**-7).nonzero()[:, 0]
+    lowest, highest = rough_V.aminmax()
+    slack = 2**-7 * (torch.maximum(highest, -lowest) + off_V.amax())
+    # Who cannot reach what another surely has is out; then, who cannot reach a good guess.
+    open_M = (rough_V + off_V >= (rough_V - off_V).amax() - slack).nonzero()[:, 0]
+    rough_M = rough_V[open_M]
+    best = torch.mv(w_VD[open_M[rough_M.argmax()]][None], x_D).float()
+    open_M = open_M[rough_M + off_V[open_M] >= best - slack]
     if len(open_M) > FEW * len(w_VD):
-        return torch.mv(w_VD, x_D)
+        return torch.mv(w_VD, x_D) if speed.mv_is_faster() else F.linear(x_D[None], w_VD)[0]
     logit_V = rough_1V[0]
     logit_V[open_M] = torch.mv(w_VD[open_M], x_D)
     return logit_V
 
 
 speed.OPAQUE.define(  # to a compiler one operation
-    "two_step(Tensor x_D, Tensor w_VD, Tensor pairs, Tensor step_zero_GV2, Tensor error_V)"
-    " -> Tensor"
+    "two_step(Tensor x_D, Tensor w_VD, Tensor wide_C, Tensor pairs, Tensor step_zero_GV2,"
+    " Tensor error_2V) -> Tensor"
 )
 speed.OPAQUE.impl("two_step", two_step, "CPU")
 
@@ -254,6 +296,18 @@ speed.OPAQUE.impl("two_step", two_step, "CPU")
 @torch.library.register_fake("opaque::two_step")
 def _(x_D: Tensor, w_VD: Tensor, *rest: Tensor) -> Tensor:
     return x_D.new_empty(w_VD.shape[0])
+
+
+@torch.no_grad()
+def wide_columns(model: nn.Module, n: int = SCAN_GROUP) -> Tensor:
+    """Where the states that meet the output matrix are largest, (n,): tried with some tokens."""
+    seen: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda module, inputs, state: seen.append(state))
+    try:
+        model(torch.linspace(0, model.cfg.vocab_size - 1, N_TRIED)[None].long(), last_only=True)
+    finally:
+        hook.remove()
+    return seen[0].flatten(0, 1).float().square().mean(dim=0).topk(n).indices.sort().values
 
 
 def two_step_head(model: nn.Module) -> nn.Module:
@@ -269,7 +323,7 @@ def two_step_head(model: nn.Module) -> nn.Module:
         raise ValueError("a head in two steps needs a bfloat16 output matrix on a CPU")
     if weight.shape[1] % SCAN_GROUP or weight.shape[0] % 16:
         raise ValueError(f"the output matrix is {tuple(weight.shape)}: 4 bits cannot group it")
-    setattr(model, name, TwoStepHead(inner))
+    setattr(model, name, TwoStepHead(inner, wide_columns(model)))
     return model
 
 
@@ -310,20 +364,19 @@ class StepInt8(Changed):
     def multiply(self, x_MD: Tensor) -> Tensor:
         if len(x_MD) != 1 or self.in_features % SUMS or not torch.compiler.is_compiling():
             return super().multiply(x_MD)
-        x_D = torch.ops.opaque.to_float(x_MD[0])  # else it is converted anew for every row
+        x_D = stored_floats(x_MD[0])
         columns = zip(self.int_ND.chunk(SUMS, dim=1), x_D.chunk(SUMS), strict=True)
         first_NC, *other_NC = (int_NC.float() * x_C for int_NC, x_C in columns)
         y_N = sum(other_NC, first_NC).sum(dim=1) * self.scale_N.float()
         return y_N.to(x_MD.dtype)[None]
 
 
-speed.OPAQUE.define("to_float(Tensor x_D) -> Tensor")
-speed.OPAQUE.impl("to_float", Tensor.float, "CompositeExplicitAutograd")
+def stored_floats(x_D: Tensor) -> Tensor:
+    """The row in float32, and in memory: else each row of a matrix would convert it anew.
 
-
-@torch.library.register_fake("opaque::to_float")
-def _(x_D: Tensor) -> Tensor:
-    return torch.empty_like(x_D, dtype=torch.float32)
+    The compiler puts an operation into the loop that needs its result, but never as_strided.
+    """
+    return x_D.float().as_strided(x_D.shape, (1,))
 
 
 class StepLinear(Changed):
@@ -366,10 +419,45 @@ def written_product(x: Tensor, w_ND: Tensor, bias: Tensor | None = None) -> Tens
 
     In memory order, without a product that is stored: the compiler makes one loop a row of it.
     """
-    x_D = torch.ops.opaque.to_float(x.reshape(-1))
+    x_D = stored_floats(x.reshape(-1))
     y_N = (w_ND.float() * x_D).sum(dim=1).to(x.dtype)
     y_N = y_N if bias is None else y_N + bias
     return y_N.view(*x.shape[:-1], -1)
+
+
+def written(attend: Callable) -> Callable:
+    """An attend, but for one token in a compiled step: loops that the compiler writes.
+
+    Scores and weights stay floats, and the result is rounded once. torch's kernel is made for many
+    queries; with one, and few heads, it does not keep two threads busy.
+    """
+
+    def attend_written(
+        q_BTHK: Tensor, k_BSJK: Tensor, v_BSJU: Tensor, mask_BTS: Tensor | None, scale: float
+    ) -> Tensor:
+        alone = q_BTHK.shape[:2] == (1, 1) and mask_BTS is None
+        if not alone or not torch.compiler.is_compiling():
+            return attend(q_BTHK, k_BSJK, v_BSJU, mask_BTS, scale)
+        q_JGK = scale * torch.ops.opaque.to_float(q_BTHK[0, 0].unflatten(0, (k_BSJK.shape[2], -1)))
+        k_J1SK = k_BSJK[0].transpose(0, 1).float()[:, None]
+        v_J1SU = v_BSJU[0].transpose(0, 1).float()[:, None]
+        score_JGS = (q_JGK[:, :, None] * k_J1SK).sum(dim=-1)
+        weight_JGS = (score_JGS - score_JGS.amax(dim=-1, keepdim=True)).exp()
+        y_JGU = (weight_JGS[..., None] * v_J1SU).sum(dim=2) / weight_JGS.sum(dim=-1, keepdim=True)
+        return y_JGU.to(v_BSJU.dtype).flatten(0, 1)[None, None]
+
+    return attend_written
+
+
+# A call to torch ends a function of the compiler's. With one in each layer the layers' functions
+# are alike, and so compiled once; without it there would be one function, as long as the model.
+speed.OPAQUE.define("to_float(Tensor x) -> Tensor")
+speed.OPAQUE.impl("to_float", lambda x: x.to(torch.float32, copy=True), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("opaque::to_float")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
 
 
 class StepCache:
@@ -423,9 +511,9 @@ def compiled_steps(
 ) -> nn.Module:
     """The model itself, one token's forward compiled into one function when it is first needed.
 
-    own_products: the compiler writes the products of bfloat16 matrices as well; else it calls
-    torch's. By default it does where torch.mv is slow (speed.mv_is_faster). A compiled model must
-    not be changed, but by plain_decode, which undoes this.
+    own_products: the compiler writes the products of bfloat16 matrices and attention as well; else
+    it calls torch's. By default it does where torch.mv is slow (speed.mv_is_faster). A compiled
+    model must not be changed, but by plain_decode, which undoes this.
 
     Raises ValueError for a model with experts, since Python chooses them, and for a cache that is
     joined anew for each token (gpt2.py).
@@ -434,6 +522,8 @@ def compiled_steps(
         raise ValueError("a model whose cache is joined anew for each token cannot be compiled")
     if any(hasattr(module, "experts") for module in model.modules()):
         raise ValueError("a model with experts cannot be compiled: Python chooses them")
+    from torch._inductor import list_options  # a second to import
+
     forward = type(model).forward
 
     def step(
@@ -447,8 +537,13 @@ def compiled_steps(
 
     # torch counts compilations by code object, and stops at eight: each model has one of its own.
     step.__code__ = step.__code__.replace()
-    # A product and an addition may be one instruction: that rounds less, not more.
-    options = {"cpp.enable_floating_point_contract_flag": "fast"} if backend == "inductor" else {}
+    options: dict[str, object] = {}
+    if backend == "inductor":
+        # A product and an addition may be one instruction: that rounds less, not more.
+        options["cpp.enable_floating_point_contract_flag"] = "fast"
+        # torch would ask for each tensor's shape and place before each use.
+        checks = ("size_asserts", "alignment_asserts", "scalar_asserts")
+        options |= {check: False for check in checks if check in list_options()}
     # torch would look at each module before each token, whether it is still the same.
     if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -457,6 +552,8 @@ def compiled_steps(
         own_products = not speed.mv_is_faster()
     heads = [module.inner for module in model.modules() if isinstance(module, TwoStepHead)]
     for module in model.modules():
+        if own_products:
+            change_attend(module, written)
         weight = None if module in heads else module._parameters.get("weight")
         if own_products and weight is not None and weight.dtype == torch.bfloat16:
             if isinstance(module, nn.Linear):
