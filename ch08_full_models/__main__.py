@@ -127,6 +127,12 @@ def build_parser() -> Parser:
         "(seconds the next time); needs a C++ compiler",
     )
     add(
+        "--two-step",
+        action="store_true",
+        help="look for the likeliest token among few words, on a CPU: for --dtype bfloat16 and "
+        "--temperature 0; pays for large vocabularies, with --compile",
+    )
+    add(
         "--memory",
         metavar="GB",
         type=number(float, sys.float_info.min, 1e6, "a number above 0"),
@@ -361,6 +367,9 @@ def run(args: argparse.Namespace) -> None:
         prompt = read_pipe()
     if prompt is not None:
         check_prompt(prompt)
+    if args.two_step and args.temperature > 0:
+        given = f"--temperature is {args.temperature:g}, expected 0"
+        raise CheckpointError(f"--two-step finds the likeliest token: {given}")
     path = fetch(args.model)
 
     notice = f"loading {args.model} …" if sys.stderr.isatty() else ""
@@ -375,7 +384,13 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         memory = None if args.memory is None else round(args.memory * 1e9)
         model, tokenizer = load(
-            path, args.dtype, args.device, args.quantize, memory, compile=args.compile
+            path,
+            args.dtype,
+            args.device,
+            args.quantize,
+            memory,
+            compile=args.compile,
+            two_step=args.two_step,
         )
         load_s = time.perf_counter() - start
         if not gc.isenabled():

@@ -99,6 +99,7 @@ def load(
     memory: int | None = None,
     mtp: bool = False,
     compile: bool = False,
+    two_step: bool = False,
 ) -> tuple[nn.Module, Tokenizer | None]:
     """A model ready to generate, and its Tokenizer, or None if the folder has none.
 
@@ -109,6 +110,7 @@ def load(
     of a folder may take; what is over that stays on disk until it is called (offload.py), and
     model.disk counts how often it is read. mtp: with the module for multi-token prediction
     (deepseek_v3.py). compile: one token's forward as one compiled function (decode.py), on a CPU.
+    two_step: only the likeliest token's logit is exact, for temperature 0 and bfloat16 on a CPU.
     Raises CheckpointError for what cannot be found, read or built.
     """
     if quantize not in (None, "int8", "int4"):
@@ -128,18 +130,19 @@ def load(
     else:
         raise CheckpointError(f"{path}: expected a folder or a .gguf file")
     if device.type == "cpu" and getattr(model, "disk", None) is None:
-        make_faster(model, compile)
-    elif compile:
-        raise CheckpointError("compiled steps need a CPU, and all weights in memory")
+        make_faster(model, compile, two_step)
+    elif compile or two_step:
+        what = "compiled steps need" if compile else "a head in two steps needs"
+        raise CheckpointError(f"{what} a CPU, and all weights in memory")
     return model.eval(), tokenizer
 
 
-def make_faster(model: nn.Module, compile: bool) -> None:
-    """What keeps outputs within rounding (speed.py, decode.py, experts.py).
+def make_faster(model: nn.Module, compile: bool, two_step: bool) -> None:
+    """What keeps outputs within rounding (speed.py, decode.py, experts.py), and what was asked for.
 
-    A float32 model without experts stays as it is.
+    A float32 model without experts stays as it is, if nothing was.
 
-    Raises CheckpointError for a model that cannot be compiled.
+    Raises CheckpointError for a model that cannot be compiled, or have a head in two steps.
     """
     from ch08_full_models import decode, speed
 
@@ -152,11 +155,13 @@ def make_faster(model: nn.Module, compile: bool) -> None:
         from ch08_full_models import experts  # imports four families: only where it is of use
 
         experts.fast_experts(model)
-    if compile:
-        try:
+    try:
+        if two_step:
+            decode.two_step_head(model)
+        if compile:
             decode.compiled_steps(model)
-        except ValueError as err:
-            raise CheckpointError(one_line(err)) from err
+    except ValueError as err:
+        raise CheckpointError(one_line(err)) from err
 
 
 def load_folder(

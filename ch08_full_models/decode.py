@@ -35,7 +35,6 @@ from torch import Tensor
 from ch08_full_models import speed
 
 SCAN_GROUP = 32  # columns that share a step in the rough product
-SUMS = 8
 N_TRIED = 64  # tokens that show in which columns the states are large
 FEW = 0.25  # of the words: where more than these can win, the full product is as fast
 
@@ -356,19 +355,13 @@ def no_duck_shapes() -> AbstractContextManager:
 
 
 class StepInt8(Changed):
-    """An Int8Matrix whose product of one token is written by the compiler.
-
-    Eight sums run side by side: one alone would wait for each addition before the next.
-    """
+    """An Int8Matrix whose product of one token is written by the compiler."""
 
     def multiply(self, x_MD: Tensor) -> Tensor:
-        if len(x_MD) != 1 or self.in_features % SUMS or not torch.compiler.is_compiling():
+        if len(x_MD) != 1 or not torch.compiler.is_compiling():
             return super().multiply(x_MD)
-        x_D = stored_floats(x_MD[0])
-        columns = zip(self.int_ND.chunk(SUMS, dim=1), x_D.chunk(SUMS), strict=True)
-        first_NC, *other_NC = (int_NC.float() * x_C for int_NC, x_C in columns)
-        y_N = sum(other_NC, first_NC).sum(dim=1) * self.scale_N.float()
-        return y_N.to(x_MD.dtype)[None]
+        y_N = (self.int_ND.float() * stored_floats(x_MD[0])).sum(dim=1)
+        return (y_N * self.scale_N.float()).to(x_MD.dtype)[None]
 
 
 def stored_floats(x_D: Tensor) -> Tensor:

@@ -25,10 +25,14 @@ two or three. It is then another text, not a worse one.
 
 When it pays: if the tokens that a forward yields outweigh what a longer forward costs more, and the
 draft itself. A draft that is always right but as slow as the model loses; prompt lookup costs
-nothing, and pays where the answer repeats the question. Measured by speculative_demo.py on a small
-model trained with its module, in float32 on one core: 77 percent of the guesses right where text is
-drawn, 1.3 times as fast; 19 percent with an untrained module, slower than without. DeepSeek-V3
-reports 85 to 90 percent and 1.8 times (section 5.4.3).
+nothing, and pays where the answer repeats the question. Measured by speculative_demo.py in float32
+on one core:
+
+- Prompt lookup makes SmolLM2 135M 2.6 and Gemma 3 270M 2.0 times as fast where the answer repeats
+  the question, and 0.9 and 1.1 times where it does not.
+- A small model trained with its module: 77 percent of the guesses right where text is drawn, 1.3
+  times as fast; 19 percent with an untrained module, slower than without. DeepSeek-V3 reports 85 to
+  90 percent and 1.8 times (section 5.4.3).
 
 A mixture of experts gains less, since every token read has experts of its own: the bytes grow with
 the guesses. So does a large batch: it has arithmetic enough already.

@@ -202,6 +202,36 @@ def test_compile_reaches_the_step(folder: Path, run: Run, monkeypatch: pytest.Mo
     assert len(calls) == 3  # the first token comes with the prefill
 
 
+def test_two_step_reaches_the_head(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --two-step: its head finds every token but the first, and says the same."""
+    argv = [
+        "Hi",
+        "--model",
+        folder,
+        "--max-new-tokens",
+        4,
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+    ]
+    plain, whole, seen = run(*argv), decode.TwoStepHead.multiply, []
+
+    def counting(self: decode.TwoStepHead, x: Tensor) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return whole(self, x)
+
+    monkeypatch.setattr(decode.TwoStepHead, "multiply", counting)
+    assert run(*argv, "--two-step") == plain
+    assert seen == [1] * 4
+    for wrong, what in (
+        (["--temperature", 0.5], "0.5, expected 0"),
+        (["--dtype", "float32"], "bfl"),
+    ):
+        code, out, err = run(*argv, *wrong, "--two-step")
+        assert (code, out) == (2, "") and err.count("\n") == 1 and what in err
+
+
 def test_list_shows_every_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards --list: a row a model, and whether it fits into this machine's memory."""
     monkeypatch.setattr(cli, "memory_bytes", lambda: 4e9)

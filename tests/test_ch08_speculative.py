@@ -515,9 +515,22 @@ def test_first_layers() -> None:
 def test_the_record_says_what_the_text_says() -> None:
     """Guards the claims: the same text in each run, and what gains, by how much at least."""
     path = Path(speculative_demo.__file__).with_name("speculative.json")
-    runs = json.loads(path.read_text(encoding="utf-8"))["trained"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    runs = record["trained"]
     assert all(run["same_text"] and len(run["plain_s"]) >= 5 for run in runs)
     drawn = {run["draft"]: run for run in runs if run["temperature"] == 1 and run["n_draft"] == 1}
     trained, untrained = drawn["trained module"], drawn["untrained module"]
     assert round(trained["acceptance"], 2) == 0.77 and round(trained["speed_up"], 1) == 1.3
     assert round(untrained["acceptance"], 2) == 0.19 and untrained["speed_up"] < 1
+    assert all(run["same_text"] and len(run["plain_s"]) >= 5 for run in record["real"])
+    found = {
+        (run["model"], run["task"]): round(run["speed_up"], 1)
+        for run in record["real"]
+        if run["draft"] == "prompt lookup"
+    }
+    assert found == {
+        ("smollm2-135m", "repeats"): 2.6,
+        ("smollm2-135m", "does not"): 0.9,
+        ("gemma3-270m", "repeats"): 2.0,
+        ("gemma3-270m", "does not"): 1.1,
+    }
