@@ -232,6 +232,13 @@ def test_two_step_reaches_the_head(folder: Path, run: Run, monkeypatch: pytest.M
         assert (code, out) == (2, "") and err.count("\n") == 1 and what in err
 
 
+@pytest.mark.parametrize("flag", ["--compile", "--two-step"])
+def test_steps_that_need_all_weights_say_so(flag: str, folder: Path, run: Run) -> None:
+    """Guards --memory beside what changes the weights in memory: refused, before it is too late."""
+    argv = ["Hi", "--model", folder, "--device", "cpu", "--dtype", "bfloat16", "--memory", 1]
+    assert_one_line(run(*argv, flag), "all weights in memory")
+
+
 def test_list_shows_every_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards --list: a row a model, and whether it fits into this machine's memory."""
     monkeypatch.setattr(cli, "memory_bytes", lambda: 4e9)
@@ -294,6 +301,7 @@ BAD = {
     "unknown dtype": ["Hi", "--dtype", "int8"],
     "unknown quantize": ["Hi", "--quantize", "int2"],
     "list with a prompt": ["Hi", "--list"],
+    "two steps, and a word drawn": ["Hi", "--two-step", "--temperature", "1"],
 }
 
 
