@@ -156,12 +156,12 @@ class TwoStepHead(nn.Module):
 
     A copy of the matrix in 4 bits gives every word's logit roughly, and how far off it can be: the
     logit is w . x, the rough one w' . x, so they differ by at most |w - w'| |x| (Cauchy and
-    Schwarz). A word that could not win even so much higher is out. The others, some dozens, are
-    multiplied exactly. Rounding of the results to bfloat16 widens the bound.
+    Schwarz). A word that could not win even so much higher is out. The others, some dozens or
+    hundreds, are multiplied exactly. Rounding of the results to bfloat16 widens the bound.
 
-    Most of |x| lies in a few columns, the same ones for every token. Of 32 of them, wide_C, the
+    Much of |x| lies in a few columns, the same ones for every token. Of 32 of them, wide_C, the
     copy keeps its own error too, in 4 bits: a last group of columns, which x meets once more. So
-    the bound is small times the large part of x, plus |w - w'| times the small one.
+    that part of x meets a small error, and the bound is that of the other part, nearly.
 
     Takes the place of an embedding that is the output matrix too, or of a Linear; `inner` is that.
     """
@@ -232,7 +232,7 @@ def rough_copy(w_VD: Tensor, wide_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error_NC = error_ND[:, wide_C] - rough_NC
         error_ND[:, wide_C] = 0
         # Some processors round a rough weight to bfloat16 before they multiply.
-        rounding_N = 2**-9 * rough_ND.norm(dim=1)
+        rounding_N = 2**-9 * (rough_ND.norm(dim=1) + rough_NC.norm(dim=1))
         errors.append(torch.stack((error_NC.norm(dim=1), error_ND.norm(dim=1))) + rounding_N)
         ints.append(torch.cat((int_ND, int_NC), dim=1))
         steps.append(torch.cat((step_zero_NG2, step_zero_N12), dim=1))
