@@ -233,8 +233,18 @@ def test_two_step_reaches_the_head(folder: Path, run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("flag", ["--compile", "--two-step"])
-def test_steps_that_need_all_weights_say_so(flag: str, folder: Path, run: Run) -> None:
-    """Guards --memory beside what changes the weights in memory: refused, before it is too late."""
+def test_steps_that_need_all_weights_say_so(
+    flag: str, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards both beside weights that stay on disk: refused, in one line."""
+    whole = checkpoint.load_folder
+
+    def on_disk(*args: object) -> tuple:
+        model, tokenizer = whole(*args)
+        model.disk = object()
+        return model, tokenizer
+
+    monkeypatch.setattr(checkpoint, "load_folder", on_disk)
     argv = ["Hi", "--model", folder, "--device", "cpu", "--dtype", "bfloat16", "--memory", 1]
     assert_one_line(run(*argv, flag), "all weights in memory")
 

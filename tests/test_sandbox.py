@@ -89,7 +89,10 @@ def children() -> set[str]:
     """The direct children of this process, dead or alive."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        found |= set(Path(f"/proc/self/task/{task}/children").read_text(encoding="utf-8").split())
+        # A thread that ended since it was listed has no file, and hands its children to another.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            file = Path(f"/proc/self/task/{task}/children")
+            found |= set(file.read_text(encoding="utf-8").split())
     return found
 
 
