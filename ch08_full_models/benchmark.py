@@ -21,6 +21,7 @@ the same GGUF. How it was built decides its speed: for the native build that is 
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -360,6 +361,9 @@ def show(path: Path) -> int:
     """Prints a record that was written before; the exit code."""
     try:
         print_table(json.loads(path.read_text(encoding="utf-8"))["results"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` perhaps, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except (OSError, ValueError, KeyError, TypeError) as err:
         print(f"error: {path}: not a record of the benchmark ({err})", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ch08_full_models import benchmark
 from ch08_full_models.benchmark import chart, verdicts
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,17 @@ def test_measures_a_real_model(tmp_path: Path, gguf_path) -> None:
     assert 1e-5 < record["results"]["ours int4"]["kl"] < 0.1
     assert "reached" in done.stdout
     assert command("--show", str(out)).stdout == done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_a_reader_that_stops_is_no_error() -> None:
+    """Guards `--show FILE | head -1`: no complaint, and the exit code of success."""
+    record = Path(benchmark.__file__).with_name("benchmark_gemma3.json")
+    line = [sys.executable, "-u", "-m", "ch08_full_models.benchmark", "--show", str(record)]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait() == 0
 
 
 @pytest.mark.parametrize(
