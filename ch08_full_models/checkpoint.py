@@ -91,6 +91,7 @@ PART = 1 << 18  # numbers that are floats at a time if they become integers
 ROWS = 64  # such a part is a multiple of this: torch packs 4-bit numbers by so many rows at most
 
 
+@torch.inference_mode(False)  # weights made within it are copied by some of torch's products
 def load(
     name: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -138,19 +139,19 @@ def load(
 
 
 def make_faster(model: nn.Module, compile: bool, two_step: bool) -> None:
-    """What keeps outputs within rounding (speed.py, decode.py, experts.py), and what was asked for.
+    """What keeps outputs within rounding (speed.py and its like), and what was asked for.
 
     A float32 model without experts stays as it is, if nothing was.
 
     Raises CheckpointError for a model that cannot be compiled, or have a head in two steps.
     """
-    from ch08_full_models import decode, speed
+    from ch08_full_models import decode, prompt, speed
 
     if model.embed.weight.dtype == torch.bfloat16:
         packed = not isinstance(model.embed.weight, Tensor)  # then what is left in floats is small
         if not packed and speed.mv_is_faster():
             speed.vector_products(model)
-        decode.short_norms(decode.grouped_attention(model))
+        decode.short_norms(prompt.block_attention(decode.grouped_attention(model)))
     if any(hasattr(module, "experts") for module in model.modules()):
         from ch08_full_models import experts  # imports four families: only where it is of use
 

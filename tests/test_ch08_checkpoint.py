@@ -194,6 +194,13 @@ def test_load_equals_transformers(kind: str, shard: str, tmp_path: Path) -> None
     assert next(family_of(model).generate(model, tokens_BT, 1)).shape == (2, 1)
 
 
+def test_weights_loaded_in_inference_mode_are_plain_ones(tiny: Path) -> None:
+    """torch's products copy the others' output matrix where a prompt's last state meets it."""
+    with torch.inference_mode():
+        model, _ = load(tiny, device="cpu")
+    assert not any(param.is_inference() for param in model.parameters())
+
+
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
