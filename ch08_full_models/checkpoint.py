@@ -141,16 +141,16 @@ def load(
 def make_faster(model: nn.Module, compile: bool, two_step: bool) -> None:
     """What keeps outputs within rounding (speed.py and its like), and what was asked for.
 
-    A float32 model without experts stays as it is, if nothing was.
-
     Raises CheckpointError for a model that cannot be compiled, or have a head in two steps.
     """
     from ch08_full_models import decode, prompt, speed
 
-    if model.embed.weight.dtype == torch.bfloat16:
-        packed = not isinstance(model.embed.weight, Tensor)  # then what is left in floats is small
-        if not packed and speed.mv_is_faster():
+    dtype = model.embed.weight.dtype
+    if isinstance(model.embed.weight, Tensor):  # else packed, and what is left in floats is small
+        tried = {torch.bfloat16: speed.mv_is_faster, torch.float32: speed.parts_are_faster}
+        if dtype in tried and tried[dtype]():
             speed.vector_products(model)
+    if dtype == torch.bfloat16:
         decode.short_norms(prompt.block_attention(decode.grouped_attention(model)))
     if any(hasattr(module, "experts") for module in model.modules()):
         from ch08_full_models import experts  # imports four families: only where it is of use

@@ -364,12 +364,13 @@ class StepInt8(Changed):
         return (y_N * self.scale_N.float()).to(x_MD.dtype)[None]
 
 
-def stored_floats(x_D: Tensor) -> Tensor:
-    """The row in float32, and in memory: else each row of a matrix would convert it anew.
+def stored_floats(x: Tensor) -> Tensor:
+    """The numbers in float32, and in memory: else each row of a matrix would convert them anew.
 
     The compiler puts an operation into the loop that needs its result, but never as_strided.
     """
-    return x_D.float().as_strided(x_D.shape, (1,))
+    x = x.float().contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 class StepLinear(Changed):
@@ -499,24 +500,62 @@ def next_places(layers: list) -> list[tuple[Tensor, list[Tensor]]]:
     return places
 
 
+def step_products(model: nn.Module, own_products: bool) -> nn.Module:
+    """The model itself, its products and attention of one token as a compiled step wants them."""
+    heads = [module.inner for module in model.modules() if isinstance(module, TwoStepHead)]
+    for module in model.modules():
+        if own_products:
+            change_attend(module, written)
+        weight = None if module in heads else module._parameters.get("weight")
+        if own_products and weight is not None and weight.dtype in (torch.bfloat16, torch.float32):
+            if isinstance(module, nn.Linear):
+                change(module, StepLinear)
+            elif isinstance(module, nn.Embedding):
+                change(module, StepEmbedding)
+        if isinstance(module, speed.Int8Matrix):
+            change(module, StepInt8)
+        if isinstance(module, speed.Int4Matrix):  # asked once, not by the compiled function
+            change(module, Changed, block=module.block)
+    return model
+
+
+def one_function(function: Callable, backend: str = "inductor") -> Callable:
+    """The function compiled, whole, when it is first called; it asks little before each call."""
+    from torch._inductor import list_options  # a second to import
+
+    # torch counts compilations by code object, and stops at eight: each function has its own.
+    function.__code__ = function.__code__.replace()
+    options: dict[str, object] = {}
+    if backend == "inductor":
+        # A product and an addition may be one instruction: that rounds less, not more.
+        options["cpp.enable_floating_point_contract_flag"] = "fast"
+        # torch would ask for each tensor's shape and place before each use.
+        checks = ("size_asserts", "alignment_asserts", "scalar_asserts")
+        options |= {check: False for check in checks if check in list_options()}
+    # torch would look at each module before each token, whether it is still the same.
+    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(function, fullgraph=True, backend=backend, options=options or None)
+
+
 def compiled_steps(
     model: nn.Module, backend: str = "inductor", own_products: bool | None = None
 ) -> nn.Module:
     """The model itself, one token's forward compiled into one function when it is first needed.
 
-    own_products: the compiler writes the products of bfloat16 matrices and attention as well; else
+    own_products: the compiler writes the products of matrices of floats and attention as well; else
     it calls torch's. By default it does where torch.mv is slow (speed.mv_is_faster). A compiled
     model must not be changed, but by plain_decode, which undoes this.
 
-    Raises ValueError for a model with experts, since Python chooses them, and for a cache that is
-    joined anew for each token (gpt2.py).
+    Raises ValueError for experts of 4 bits (experts.py), and for a cache that is joined anew for
+    each token (gpt2.py).
     """
     if not hasattr(model.new_cache()[0], "grow"):
         raise ValueError("a model whose cache is joined anew for each token cannot be compiled")
     if any(hasattr(module, "experts") for module in model.modules()):
-        raise ValueError("a model with experts cannot be compiled: Python chooses them")
-    from torch._inductor import list_options  # a second to import
+        from ch08_full_models.experts import step_experts  # which imports this file
 
+        step_experts(model)
     forward = type(model).forward
 
     def step(
@@ -528,34 +567,7 @@ def compiled_steps(
         """The model's own forward of one token, (1, 1, V), in memory that is there already."""
         return forward(model, tokens_11, [StepCache(pos_11, *place) for place in places], True)
 
-    # torch counts compilations by code object, and stops at eight: each model has one of its own.
-    step.__code__ = step.__code__.replace()
-    options: dict[str, object] = {}
-    if backend == "inductor":
-        # A product and an addition may be one instruction: that rounds less, not more.
-        options["cpp.enable_floating_point_contract_flag"] = "fast"
-        # torch would ask for each tensor's shape and place before each use.
-        checks = ("size_asserts", "alignment_asserts", "scalar_asserts")
-        options |= {check: False for check in checks if check in list_options()}
-    # torch would look at each module before each token, whether it is still the same.
-    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    compiled = torch.compile(step, fullgraph=True, backend=backend, options=options or None)
-    if own_products is None:
-        own_products = not speed.mv_is_faster()
-    heads = [module.inner for module in model.modules() if isinstance(module, TwoStepHead)]
-    for module in model.modules():
-        if own_products:
-            change_attend(module, written)
-        weight = None if module in heads else module._parameters.get("weight")
-        if own_products and weight is not None and weight.dtype == torch.bfloat16:
-            if isinstance(module, nn.Linear):
-                change(module, StepLinear)
-            elif isinstance(module, nn.Embedding):
-                change(module, StepEmbedding)
-        if isinstance(module, speed.Int8Matrix):
-            change(module, StepInt8)
-        if isinstance(module, speed.Int4Matrix):  # asked once, not by the compiled function
-            change(module, Changed, block=module.block)
+    compiled = one_function(step, backend)
+    step_products(model, not speed.mv_is_faster() if own_products is None else own_products)
     change(model, CompiledStep, step=staticmethod(compiled))
     return model

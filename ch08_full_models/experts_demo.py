@@ -1,9 +1,10 @@
 """Chapter 8, measured: what a layer of experts costs, and what of that its weights' bytes cost.
 
 One layer of routed experts (Qwen3-MoE's router), 6 of 16, 64 or 256 experts for each token. It is
-computed three ways, which take turns: by the loop over all experts that one writes first, by the
-family's own forward, and by that of experts.py. In bfloat16 the last two have speed.py's vector
-products where torch.mv is fast, as `load` gives them. A layer is measured
+computed in ways that take turns: by the loop over all experts that one writes first, by the
+family's own forward, and by that of experts.py. The last two have speed.py's vector products where
+these are fast, as `load` gives them. One token is also computed as in a compiled step, eight layers
+in one function: each begins when the one before it has ended. A layer is measured
 
 - for one token, 32 different ones after each other, each through another of several layers. All
   layers together are far larger than the processor's caches, and as large for 16 experts as for
@@ -12,14 +13,13 @@ products where torch.mv is fast, as `load` gives them. A layer is measured
 
 Beside it stands what reading the active experts' weights takes, at the speed at which torch adds up
 all of that memory. A row "products alone" gives the time of each of the same experts' matrix
-products and nothing else, by torch.mv or linear as experts.py does: the least that a layer takes
-without another kernel.
+products and nothing else, as experts.py makes them: the least that it can take.
 
     D  columns of a matrix    R  rows of all matrices together    E  experts of all layers
     B  sequences    T  tokens of a sequence    N  tokens    A  experts of a token
     M  tokens of one expert    1  an axis of length one
 
-    python -m ch08_full_models.experts_demo            a minute; experts_demo.json
+    python -m ch08_full_models.experts_demo            three minutes; experts_demo.json
     python -m ch08_full_models.experts_demo --smoke    the same in seconds, tiny
 """
 
@@ -37,9 +37,10 @@ from torch import Tensor
 
 from ch01_gpt2.notebook import table
 from ch01_gpt2.train import environment, result_path, save_json
-from ch08_full_models.experts import fast_experts
+from ch08_full_models.decode import one_function, step_products
+from ch08_full_models.experts import fast_experts, step_experts
 from ch08_full_models.qwen3 import Config, MoE
-from ch08_full_models.speed import mv_is_faster, vector_products
+from ch08_full_models.speed import mv_is_faster, parts_are_faster, vector_product, vector_products
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class Plan:
     middle: int = 64  # experts, where one number is asked for
     memory: int = 1_620_000_000  # bytes of all layers together, at most, if one layer fits
     n_single: int = 32  # tokens, one at a time
+    n_compiled: int = 8  # layers in one compiled function, each with a token of its own
     n_many: int = 256  # tokens at once
     rounds: int = 9
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    backend: str = "inductor"  # the compiler
     seed: int = 0
 
 
@@ -66,10 +69,13 @@ SMOKE = Plan(
     experts=(4, 8, 16),
     middle=8,
     memory=200_000,
-    n_single=3,
+    n_single=4,
+    n_compiled=2,
     n_many=12,
     rounds=2,
+    backend="eager",
 )
+ONE_TOKEN = ("compiled", "products alone")  # ways that are for one token alone
 READ_TARGET, LOOP_TARGET, GROWTH_TARGET = 1.3, 1.3, 1.1
 # The last: 16 times as many experts, and one token costs at most a tenth more, for the router.
 
@@ -90,7 +96,7 @@ def products_alone(layer: MoE, x_BTD: Tensor) -> Tensor:
     """One token times its experts' matrices, and nothing in between, (D,) of the last."""
     x_1D = x_BTD.flatten(0, 1)
     by_mv = x_1D.dtype == torch.float32 or mv_is_faster()
-    product = torch.mv if by_mv else lambda w_RD, x_D: F.linear(x_D, w_RD)
+    product = vector_product if by_mv else lambda w_RD, x_D: F.linear(x_D, w_RD)
     for i in layer.route(x_1D)[0][0].tolist():
         expert = layer.experts[i]
         up = product(expert.up_proj.weight, x_1D[0])
@@ -124,7 +130,7 @@ def make_layers(plan: Plan, big_RD: Tensor, n_experts: int) -> list[MoE]:
                     n_active=plan.n_active,
                 )
             )
-        router_ID = torch.randn(n_experts, plan.d_model).to(big_RD.dtype)
+        router_ID = (torch.randn(n_experts, plan.d_model) / plan.d_model**0.5).to(big_RD.dtype)
         layer.router.weight = nn.Parameter(router_ID, False)
         for expert in layer.experts:
             for linear in (expert.gate_proj, expert.up_proj, expert.down_proj):
@@ -142,15 +148,33 @@ def ways(plan: Plan, big_RD: Tensor, n_experts: int) -> dict[str, tuple[Callable
     fast = [fast_experts(layer) for layer in make_layers(plan, big_RD, n_experts)]
     torch.manual_seed(plan.seed)
     family = make_layers(plan, big_RD, n_experts)
-    if big_RD.dtype == torch.bfloat16 and mv_is_faster():
+    torch.manual_seed(plan.seed)
+    step = make_layers(plan, big_RD, n_experts)
+    for layer in step:
+        step_products(step_experts(layer), own_products=True)
+    if mv_is_faster() if big_RD.dtype == torch.bfloat16 else parts_are_faster():
         for layer in family + fast:
             vector_products(layer)
     return {
         "loop over all": (loop_all, plain),
         "family": (lambda layer, x: layer(x), family),
         "experts.py": (lambda layer, x: layer(x), fast),
+        "compiled": (compiled(plan), step),
         "products alone": (products_alone, plain),
     }
+
+
+def compiled(plan: Plan) -> Callable:
+    """A compiled function of layers and as many tokens (1, 1, D): what each says of its own."""
+
+    def step(layers: list[MoE], tokens: list[Tensor]) -> list[Tensor]:
+        said = [torch.zeros_like(tokens[0])]
+        for layer, token_11D in zip(layers, tokens, strict=True):
+            # To the compiler a layer needs the one before it, as in a model.
+            said.append(layer(token_11D + 0 * said[-1]))
+        return said[1:]
+
+    return one_function(step, plan.backend)
 
 
 def seconds(way: Callable, layers: list[MoE], batches: list[Tensor], first: int) -> float:
@@ -161,7 +185,16 @@ def seconds(way: Callable, layers: list[MoE], batches: list[Tensor], first: int)
     return (time.perf_counter() - start) / len(batches)
 
 
-@torch.no_grad()
+def compiled_seconds(way: Callable, layers: list[MoE], tokens: list[Tensor], n: int) -> float:
+    """The same for a compiled function, which takes n layers at a time."""
+    stacks = [[layers[i % len(layers)] for i in range(k, k + n)] for k in range(0, len(layers), n)]
+    start = time.perf_counter()
+    for k, i in enumerate(range(0, len(tokens), n)):
+        way(stacks[k % len(stacks)], tokens[i : i + n])
+    return (time.perf_counter() - start) / len(tokens)
+
+
+@torch.inference_mode()
 def measure(plan: Plan, dtype_name: str) -> dict:
     """Medians of one type in seconds, all that is compared taking turns."""
     dtype = getattr(torch, dtype_name)
@@ -170,14 +203,19 @@ def measure(plan: Plan, dtype_name: str) -> dict:
     by_count = {n: ways(plan, big_RD, n) for n in plan.experts}
     one = [torch.randn(1, 1, plan.d_model, dtype=dtype) for _ in range(plan.n_single)]
     many = [torch.randn(1, plan.n_many, plan.d_model, dtype=dtype)]
-    assert_equal(by_count, one[:2] + many)
+    assert_equal(plan, by_count, one, many[0])
     found: dict[tuple, list[float]] = {}
     for turn in range(plan.rounds + 1):  # the first one warms up
         for n_experts, by_name in by_count.items():
             for name, (way, layers) in by_name.items():
                 key = (1, n_experts, name)
-                found.setdefault(key, []).append(seconds(way, layers, one, turn))
-                if n_experts == plan.middle and name != "products alone":
+                time_s = (
+                    compiled_seconds(way, layers, one, plan.n_compiled)
+                    if name == "compiled"
+                    else seconds(way, layers, one, turn)
+                )
+                found.setdefault(key, []).append(time_s)
+                if n_experts == plan.middle and name not in ONE_TOKEN:
                     key = (plan.n_many, n_experts, name)
                     found.setdefault(key, []).append(seconds(way, layers, many, turn))
         start = time.perf_counter()
@@ -199,33 +237,47 @@ def measure(plan: Plan, dtype_name: str) -> dict:
     }
 
 
-def assert_equal(by_count: dict[int, dict], batches: list[Tensor]) -> None:
+def assert_equal(plan: Plan, by_count: dict[int, dict], one: list[Tensor], many: Tensor) -> None:
     """Raises AssertionError unless all ways say the same, but for rounding."""
+    tolerance = 1e-5 if many.dtype == torch.float32 else 0.03
+
+    def equal(found: Tensor, right: Tensor) -> bool:
+        return bool((found.float() - right).abs().max() <= tolerance * right.abs().max())
+
     for by_name in by_count.values():
-        for x_BTD in batches:
-            outputs = [
-                way(layers[0], x_BTD).float()
-                for name, (way, layers) in by_name.items()
-                if name != "products alone"
-            ]
-            tolerance = 1e-5 if x_BTD.dtype == torch.float32 else 0.03
-            for y_BTD in outputs[1:]:
-                error = (y_BTD - outputs[0]).abs().max()
-                assert error <= tolerance * outputs[0].abs().max()
+        plain = by_name["loop over all"][1]
+        for x_BTD in (*one[:2], many):
+            right = loop_all(plain[0], x_BTD).float()
+            for name, (way, layers) in by_name.items():
+                assert name in ONE_TOKEN or equal(way(layers[0], x_BTD), right)
+        way, layers = by_name["compiled"]
+        places = [i % len(layers) for i in range(plan.n_compiled)]
+        tokens = one[: plan.n_compiled]
+        found = way([layers[i] for i in places], tokens)
+        n_equal = sum(
+            equal(y_11D, loop_all(plain[i], x_11D).float())
+            for y_11D, i, x_11D in zip(found, places, tokens, strict=True)
+        )
+        # Its router's products are its own. Of two experts as good as each other but for the last
+        # bit of bfloat16 it may take the other one.
+        assert n_equal >= plan.n_compiled * (1 if many.dtype == torch.float32 else 0.75)
 
 
 def targets(plan: Plan, result: dict) -> list[dict]:
     """What was to be reached in one type, the ratio found, and whether it is reached."""
     times = {(r["n_tokens"], r["n_experts"], r["way"]): r["seconds"] for r in result["runs"]}
     few, most = min(plan.experts), max(plan.experts)
-    one, fast = times[1, plan.middle, "experts.py"], "experts.py"
-    loop, ours = (times[plan.n_many, plan.middle, way] for way in ("loop over all", fast))
-    growth = times[1, most, fast] / times[1, few, fast]
-    rows = [
-        ("one token / reading its experts", one / result["read_active_s"], READ_TARGET, False),
-        (f"{plan.n_many} tokens, times as fast as the loop", loop / ours, LOOP_TARGET, True),
-        (f"one token, {most} experts / {few}", growth, GROWTH_TARGET, False),
-    ]
+    rows = []
+    for way in ("experts.py", "compiled"):
+        one = times[1, plan.middle, way] / result["read_active_s"]
+        growth = times[1, most, way] / times[1, few, way]
+        rows += [
+            (f"{way}: one token / reading its experts", one, READ_TARGET, False),
+            (f"{way}: one token, {most} experts / {few}", growth, GROWTH_TARGET, False),
+        ]
+    loop, ours = (times[plan.n_many, plan.middle, w] for w in ("loop over all", "experts.py"))
+    what = f"experts.py: {plan.n_many} tokens, times as fast as the loop"
+    rows.append((what, loop / ours, LOOP_TARGET, True))
     return [
         {
             "dtype": result["dtype"],

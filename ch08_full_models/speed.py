@@ -8,8 +8,9 @@ Each step changes a loaded model in place:
 
 A token of decoding reads every weight once. So its time is the bytes of the weights, at the speed
 of memory, and what some two thousand small operations cost besides. These steps work on the first
-part. `load` takes the first step for bfloat16 on a CPU whose torch.mv is faster than its linear; it
-changes results no more than bfloat16's own rounding does. Its integers are fitted to the weights
+part. `load` takes the first step on a CPU where it is faster than torch's linear: for bfloat16 on
+some processors, for float32 where torch leaves the product to one thread. It changes results no
+more than rounding does. Its integers are fitted to the weights
 alone; `quantize` with some text fits them to what the matrices are multiplied by. What that gains,
 and what each choice costs in quality, is in quality.py; `python -m ch08_full_models.benchmark`
 measures the rest.
@@ -44,7 +45,7 @@ FEW_ROWS = 4  # up to here a product of integers is faster than making floats
 
 
 class VectorLinear(nn.Linear):
-    """A Linear that multiplies one token by torch.mv."""
+    """A Linear that multiplies one token as matrix times vector."""
 
     def forward(self, x: Tensor) -> Tensor:
         return vector_linear(x, self.weight, self.bias)
@@ -64,7 +65,7 @@ class VectorWeight(nn.Parameter):
 
 
 def vector_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias), by torch.mv if x is one row."""
+    """F.linear(x, weight, bias), by vector_product if x is one row."""
     if x.numel() != weight.shape[1] or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     y_N = matrix_vector(weight, x.reshape(-1))
@@ -73,15 +74,26 @@ def vector_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def matrix_vector(w_ND: Tensor, x_D: Tensor) -> Tensor:
-    """torch.mv. A compiler is to leave it alone: its own code for this product is slower."""
+    """vector_product. A compiler is to leave it alone: its own code for it is slower where used."""
     if torch.compiler.is_compiling():
         return torch.ops.opaque.mv(w_ND, x_D)
-    return torch.mv(w_ND, x_D)
+    return vector_product(w_ND, x_D)
+
+
+def vector_product(w_ND: Tensor, x_D: Tensor) -> Tensor:
+    """Matrix times vector, (N,). That of floats is cut into as many parts as there are threads.
+
+    torch.mv of float32 may be the work of one thread, but the products of a batch are divided.
+    """
+    n = torch.get_num_threads()
+    if w_ND.dtype != torch.float32 or len(w_ND) % n:
+        return torch.mv(w_ND, x_D)
+    return torch.bmm(w_ND.unflatten(0, (n, -1)), x_D.expand(n, 1, -1).mT).view(-1)
 
 
 OPAQUE = torch.library.Library("opaque", "DEF")
 OPAQUE.define("mv(Tensor w_ND, Tensor x_D) -> Tensor")
-OPAQUE.impl("mv", torch.mv, "CompositeExplicitAutograd")
+OPAQUE.impl("mv", vector_product, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("opaque::mv")
@@ -94,26 +106,43 @@ def mv_is_faster() -> bool:
     """Whether torch.mv multiplies one bfloat16 token faster than F.linear on this machine's CPU.
 
     It depends on the processor, either way by a fifth and more. So both are tried once, which takes
-    some hundredths of a second. On one thread, and the fastest try counts: where other programs
-    run, threads would wait for each other.
+    some hundredths of a second. On one thread: where other programs run, threads would wait for
+    each other.
     """
-    w_ND = torch.ones(1 << 12, 1 << 10, dtype=torch.bfloat16)
-    x_D, threads = w_ND[0].clone(), torch.get_num_threads()
-    products = (torch.mv, lambda part_ND, x_D: F.linear(x_D[None], part_ND))
-    times: tuple[list[float], list[float]] = ([], [])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.no_grad():
-        for part_ND in w_ND.split(1 << 8):
-            for product, found in zip(products, times, strict=True):
-                start = time.perf_counter()
-                product(part_ND, x_D)
-                found.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
+    try:
+        return vector_is_faster(torch.bfloat16, 1 << 8, 16)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def parts_are_faster() -> bool:
+    """Whether float32 matrices in parts multiply one token faster than F.linear, as tried once."""
+    return vector_is_faster(torch.float32, 1 << 11, 8)
+
+
+@torch.no_grad()
+def vector_is_faster(dtype: torch.dtype, n_rows: int, n: int) -> bool:
+    """Whether vector_product is faster than F.linear by a tenth: the fastest of n tries each.
+
+    One after the other, as in a model: threads that have nothing to do fall asleep.
+    """
+    w_ND = torch.ones(n * n_rows, 1 << 10, dtype=dtype)
+    x_D = w_ND[0].clone()
+    products = (vector_product, lambda part_ND, x_D: F.linear(x_D[None], part_ND))
+    times: tuple[list[float], list[float]] = ([], [])
+    for product, found in zip(products, times, strict=True):
+        for part_ND in w_ND.split(n_rows):
+            start = time.perf_counter()
+            product(part_ND, x_D)
+            found.append(time.perf_counter() - start)
     return 1.1 * min(times[0]) < min(times[1])
 
 
 def vector_products(model: nn.Module) -> nn.Module:
-    """The model itself, its products of one token by torch.mv. No weight is copied."""
+    """The model itself, its products of one token by vector_product. No weight is copied."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = VectorLinear

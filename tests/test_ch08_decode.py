@@ -277,14 +277,6 @@ def test_the_compiled_function_is_what_runs(monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_model_with_experts_is_refused():
-    model = qwen3.Transformer(
-        qwen3.Config(**GROUPED, sparse=(True,), n_experts=4, n_active=2, d_expert=32)
-    )
-    with pytest.raises(ValueError, match="experts"):
-        compiled_steps(model)
-
-
 def test_gpt2s_cache_is_refused():
     model = gpt2.Transformer(gpt2.Config(n_layers=1, d_model=32, n_heads=2))
     with pytest.raises(ValueError, match="cache"):

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from ch08_full_models import deepseek_v3, experts, experts_demo, llama4, mixtral, qwen3
 from ch08_full_models.checkpoint import load
-from ch08_full_models.experts import FastMoE, fast_experts, plain_experts
-from ch08_full_models.speed import Int8Matrix, plain_products, quantize, vector_products
+from ch08_full_models.decode import compiled_steps, one_function, plain_decode
+from ch08_full_models.experts import FastMoE, fast_experts, plain_experts, step_experts
+from ch08_full_models.speed import (
+    Int8Matrix,
+    plain_products,
+    quantize,
+    vector_products,
+    weight_bytes,
+)
 from tests.parity import reference
+from tests.test_ch08_decode import step_by_step
 from tests.test_ch08_offload import CONFIGS, logits, tight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +195,7 @@ def test_one_token_by_mv_and_a_prompt_with_the_weight_on_the_left(
     layer = fast_copy(layer_of("mixtral", dtype))
     made = []
     mv, linear = torch.mv, nn.functional.linear
-    monkeypatch.setattr(torch, "mv", lambda w, x: made.append("mv") or mv(w, x))
+    monkeypatch.setattr(experts, "vector_product", lambda w, x: made.append("mv") or mv(w, x))
     monkeypatch.setattr(
         nn.functional, "linear", lambda *args: made.append("linear") or linear(*args)
     )
@@ -205,7 +213,7 @@ def test_one_token_by_mv_and_a_prompt_with_the_weight_on_the_left(
 def test_training_is_the_family_s(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in ("add_to_one", "add_to_many"):
         monkeypatch.setattr(FastMoE, word, lambda *_: pytest.fail("with gradients"))
-    monkeypatch.setattr(torch, "mv", lambda *_: pytest.fail("mv was used"))
+    monkeypatch.setattr(experts, "vector_product", lambda *_: pytest.fail("it was used"))
     for name in LAYERS:
         layer = layer_of(name)
         fast = fast_copy(layer)
@@ -323,6 +331,114 @@ def test_experts_that_wait_on_disk(kind: str, tmp_path: Path) -> None:
     assert model.disk.n_reads > n_reads
 
 
+# A compiled step
+
+SMALL = {"vocab_size": 96, "n_layers": 2, "n_heads": 4} | SIZES
+GROUPED = SMALL | {"n_kv_heads": 2, "head_dim": 32}
+LATENT = SMALL | {"d_ff": 96, "head_dim": 32, "d_rope": 16, "d_value": 32, "d_latent": 32, "d_q_latent": 48}
+MODELS: dict[str, tuple[ModuleType, dict]] = {
+    "mixtral": (mixtral, GROUPED),
+    "qwen3": (qwen3, GROUPED | {"d_ff": 96, "sparse": (False, True)}),
+    "qwen2, weighed shared expert": (qwen3, GROUPED | {"d_ff": 96, "sparse": (True,), "d_shared": 96}),
+    "llama4": (llama4, GROUPED | {"d_ff": 96, "sparse": (True,), "chunks": (6, None)}),
+    "deepseek v2": (deepseek_v3, LATENT | GROUPS | {"router": "softmax", "n_dense_layers": 1}),
+    "deepseek v3": (deepseek_v3, LATENT | GROUPS | {"router": "sigmoid", "n_dense_layers": 0}),
+}
+
+
+def whole_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    family, sizes = MODELS[name]
+    model = family.Transformer(family.Config(**sizes)).eval()
+    for param in model.parameters():
+        if param.ndim > 1:
+            param.data.normal_(std=0.2)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compiled_step_keeps_the_logits(name: str, kind: str | None) -> None:
+    """With the compiler's products and torch's; and all of it undone but for where weights lie."""
+    model = whole_model(name)
+    model = fast_experts(quantize(model, kind) if kind else model)
+    tokens_BT = torch.randint(0, 96, (1, 14))
+    right, classes = step_by_step(model, tokens_BT), [type(m) for m in model.modules()]
+    n_bytes = weight_bytes(model)
+    for own_products in (False, True):
+        torch.compiler.reset()
+        compiled_steps(model, "eager", own_products)
+        assert any(isinstance(m, experts.StepMoE) for m in model.modules())
+        found = step_by_step(model, tokens_BT)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert error(found, right) < 1e-5
+        plain_decode(model)
+        assert [type(m) for m in model.modules()] == classes
+    assert error(step_by_step(model, tokens_BT), right) < 1e-5
+    assert weight_bytes(model) == n_bytes
+
+
+def test_a_compiled_step_reads_the_chosen_experts_alone() -> None:
+    """What the others hold does not matter, be it no number: and Python chooses nothing."""
+    layer = step_experts(layer_of("qwen3, renormalised"))
+    x_BTD, graphs = torch.randn(1, 1, 64), []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    step = one_function(lambda layer, x_BTD: layer(x_BTD), keep)
+    with torch.no_grad():
+        right = step(layer, x_BTD)
+        chosen = layer.route(x_BTD[0])[0][0].tolist()
+        for i, expert in enumerate(layer.experts):
+            if i not in chosen:
+                expert.up_proj.weight.fill_(torch.nan)  # seen by the compiled step: it is a view
+        assert torch.equal(step(layer, x_BTD), right)
+        layer.experts[chosen[0]].up_proj.weight.fill_(torch.nan)
+        assert step(layer, x_BTD).isnan().all()
+    assert len(graphs) == 1 and len(chosen) == SIZES["n_active"]
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_experts_lie_together_once(kind: str | None) -> None:
+    """Each matrix of a layer in one tensor, the experts' own views of it; nothing moves again."""
+    layer = layer_of("mixtral")
+    layer = quantize(layer, kind) if kind else layer
+
+    def places() -> list[int]:
+        return [t.data_ptr() for t in layer.experts.state_dict().values()]
+
+    before = [t.clone() for t in layer.state_dict().values()]
+    step_experts(layer)
+    assert all(map(torch.equal, before, layer.state_dict().values()))
+    first = places()
+    up = layer.together[1].weight_ERC
+    ups = [e.up_proj.int_ND if kind else e.up_proj.weight for e in layer.experts]
+    assert up.shape == (12, 32, 64) and all(map(torch.equal, up, ups))
+    assert [u.data_ptr() for u in ups] == [up[i].data_ptr() for i in range(12)]
+    assert all(w.requires_grad for w in layer.experts.parameters())
+    step_experts(plain_decode(layer))
+    assert places() == first
+
+
+def test_experts_of_four_bits_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match="4 bits"):
+        compiled_steps(quantize(whole_model("mixtral", torch.bfloat16), "int4"), "eager")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_generated_code_keeps_the_logits(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real compiler."""
+    # torch's compiler imports setuptools, which objects if a test before has imported distutils.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+    model, tokens_BT = whole_model("qwen3", DTYPES[dtype]), torch.randint(0, 96, (1, 10))
+    right = step_by_step(model, tokens_BT)
+    torch.compiler.reset()
+    found = step_by_step(compiled_steps(model, own_products=True), tokens_BT)
+    assert error(found, right) < (1e-5 if dtype == "float32" else 0.05)
+
+
 # The measurement
 
 
@@ -338,7 +454,7 @@ def test_smoke_run(
     run(monkeypatch, "--smoke", "--out", str(tmp_path / "out.json"))
     record = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("reached")]
-    assert len(said) == len(record["targets"]) == 6
+    assert len(said) == len(record["targets"]) == 10
     for target, line in zip(record["targets"], said, strict=True):
         least = target.get("at_least", 0) <= target["ratio"] <= target.get("at_most", 1e9)
         assert target["reached"] == least == ("not reached" not in line)

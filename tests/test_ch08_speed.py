@@ -47,7 +47,7 @@ def logits_step_by_step(model, tokens_BT, n_first=9):
 @pytest.mark.parametrize("family", [llama3, gemma3, qwen3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vector_products_keep_the_logits(family, dtype, monkeypatch):
-    """One row of a batch takes torch.mv, also for the tied output; results differ by rounding."""
+    """One token is a vector, also for the tied output; results differ by rounding."""
     model, tokens_BT = small_model(family, dtype), torch.randint(0, 211, (1, 14))
     before = logits_step_by_step(model, tokens_BT)
     n_parameters = sum(1 for _ in model.parameters())
@@ -55,9 +55,10 @@ def test_vector_products_keep_the_logits(family, dtype, monkeypatch):
     assert vector_products(model) is model
     assert {p.data_ptr() for p in model.parameters()} == storage  # nothing is copied
     assert sum(1 for _ in model.parameters()) == n_parameters
-    calls = []
-    mv = torch.mv
-    monkeypatch.setattr(torch, "mv", lambda w, x: calls.append(tuple(w.shape)) or mv(w, x))
+    calls, product = [], speed.vector_product
+    monkeypatch.setattr(
+        speed, "vector_product", lambda w, x: calls.append(tuple(w.shape)) or product(w, x)
+    )
     after = logits_step_by_step(model, tokens_BT)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert (after - before).abs().max() <= tolerance * before.abs().max()
@@ -80,21 +81,52 @@ def test_plain_products_take_everything_back():
 def test_training_and_batches_are_untouched(monkeypatch):
     """With gradients on, or with more than one row, the products are F.linear's."""
     model = vector_products(small_model(llama3))
-    monkeypatch.setattr(torch, "mv", lambda *_: pytest.fail("mv was used"))
+    monkeypatch.setattr(speed, "vector_product", lambda *_: pytest.fail("it was used"))
     model(torch.randint(0, 211, (1, 1))).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     with torch.no_grad():
         model(torch.randint(0, 211, (2, 1)))
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_load_takes_the_step_for_bfloat16_alone(tiny, fast, monkeypatch):  # noqa: F811
-    """And where torch.mv is the faster one."""
-    monkeypatch.setattr(speed, "mv_is_faster", lambda: fast)
-    in_bfloat16 = speed.VectorLinear if fast else nn.Linear
-    for dtype, kind in ((torch.float32, nn.Linear), (torch.bfloat16, in_bfloat16)):
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("mv", [False, True])
+def test_load_takes_the_step_where_it_is_the_faster_one(tiny, mv, parts, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(speed, "mv_is_faster", lambda: mv)
+    monkeypatch.setattr(speed, "parts_are_faster", lambda: parts)
+    for dtype, fast in ((torch.float32, parts), (torch.bfloat16, mv), (torch.float16, False)):
         model, _ = load(tiny, dtype, "cpu")
+        kind = speed.VectorLinear if fast else nn.Linear
         assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {kind}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_in_parts(dtype, threads, monkeypatch):
+    """As many parts as threads; 3 do not divide 64 rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: parts.append(len(a)) or bmm(a, b))
+    w_ND, x_D = torch.randn(64, 48).to(dtype), torch.randn(48).to(dtype)
+    right = w_ND.double() @ x_D.double()
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    found = speed.vector_product(w_ND, x_D)
+    assert (found - right).abs().max() <= tolerance * right.abs().max()
+    assert parts == ([threads] if dtype == torch.float32 and threads < 3 else [])
+
+
+@pytest.mark.parametrize(("slow", "faster"), [("bmm", False), ("linear", True)])
+def test_whether_parts_are_faster_is_tried(slow, faster, monkeypatch):
+    module = torch if slow == "bmm" else F
+    product = getattr(module, slow)
+
+    def late(*arguments):
+        time.sleep(0.01)
+        return product(*arguments)
+
+    monkeypatch.setattr(module, slow, late)
+    speed.parts_are_faster.cache_clear()
+    assert speed.parts_are_faster() is faster
+    speed.parts_are_faster.cache_clear()
 
 
 @pytest.mark.parametrize(("slow", "faster"), [("mv", False), ("linear", True)])
