@@ -34,7 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 SIDES = (
-    "ours float32", "ours bfloat16", "ours bfloat16 compiled", "ours bfloat16 two-step",
+    "ours float32", "ours float32 compiled",
+    "ours bfloat16", "ours bfloat16 compiled", "ours bfloat16 two-step",
     "ours int8", "ours int8 compiled", "ours int4", "ours int4 compiled",
     "transformers float32", "transformers bfloat16",
     "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_K_M",
@@ -333,17 +334,15 @@ def verdicts(results: dict[str, dict], context: int | str) -> list[dict]:
     lines = []
 
     def rate(name: str, what: str) -> float:
-        found = (
-            f["contexts"][context] for n, f in results.items() if f"{n} ".startswith(f"{name} ")
-        )
-        return max((rates[f"{what}_tokens_per_s"] for rates in found), default=0.0)
+        """Of a side, or the best of a project's; 0 if it was not measured."""
+        found = [f for n, f in results.items() if name in (n, n.split()[0])]
+        return max((f["contexts"][context][f"{what}_tokens_per_s"] for f in found), default=0.0)
 
     def add(what: str, ratio: float, target: str, reached: bool) -> None:
         lines.append({"target": f"{what} {target}", "ratio": round(ratio, 3), "reached": reached})
 
     for what, side, other, least in TARGETS:
-        a = rate(side, what) if side in results else 0.0
-        if a and (b := rate(other, what)):
+        if (a := rate(side, what)) and (b := rate(other, what)):
             add(f"{what} at {context}: {side}", a / b, f">= {least} x {other}", a / b >= least)
     for side, other in KL_TARGETS:
         if side in results and other in results:

@@ -335,11 +335,21 @@ def test_experts_that_wait_on_disk(kind: str, tmp_path: Path) -> None:
 
 SMALL = {"vocab_size": 96, "n_layers": 2, "n_heads": 4} | SIZES
 GROUPED = SMALL | {"n_kv_heads": 2, "head_dim": 32}
-LATENT = SMALL | {"d_ff": 96, "head_dim": 32, "d_rope": 16, "d_value": 32, "d_latent": 32, "d_q_latent": 48}
+LATENT = SMALL | {
+    "d_ff": 96,
+    "head_dim": 32,
+    "d_rope": 16,
+    "d_value": 32,
+    "d_latent": 32,
+    "d_q_latent": 48,
+}
 MODELS: dict[str, tuple[ModuleType, dict]] = {
     "mixtral": (mixtral, GROUPED),
     "qwen3": (qwen3, GROUPED | {"d_ff": 96, "sparse": (False, True)}),
-    "qwen2, weighed shared expert": (qwen3, GROUPED | {"d_ff": 96, "sparse": (True,), "d_shared": 96}),
+    "qwen2, weighed shared expert": (
+        qwen3,
+        GROUPED | {"d_ff": 96, "sparse": (True,), "d_shared": 96},
+    ),
     "llama4": (llama4, GROUPED | {"d_ff": 96, "sparse": (True,), "chunks": (6, None)}),
     "deepseek v2": (deepseek_v3, LATENT | GROUPS | {"router": "softmax", "n_dense_layers": 1}),
     "deepseek v3": (deepseek_v3, LATENT | GROUPS | {"router": "sigmoid", "n_dense_layers": 0}),
