@@ -319,7 +319,7 @@ def two_step_head(model: nn.Module) -> nn.Module:
     inner = getattr(model, name)
     weight = getattr(inner, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.is_cuda:
-        raise ValueError("a head in two steps needs a bfloat16 output matrix on a CPU")
+        raise ValueError("a head in two steps needs weights in bfloat16 (--dtype), on a CPU")
     if weight.shape[1] % SCAN_GROUP or weight.shape[0] % 16:
         raise ValueError(f"the output matrix is {tuple(weight.shape)}: 4 bits cannot group it")
     setattr(model, name, TwoStepHead(inner, wide_columns(model)))

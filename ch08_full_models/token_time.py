@@ -39,6 +39,8 @@ from ch08_full_models.speed import plain_products, quantize, vector_products, we
 # variant: dtype, quantize, and the steps taken after that
 VARIANTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "float32": ("float32", None, ()),
+    "float32, in parts": ("float32", None, ("mv",)),
+    "float32, compiled, its own products": ("float32", None, ("own products",)),
     "bfloat16": ("bfloat16", None, ()),
     "bfloat16, mv": ("bfloat16", None, ("mv",)),
     "bfloat16, mv, grouped": ("bfloat16", None, ("mv", "grouped")),
@@ -158,46 +160,55 @@ SQUARE = 1024  # rows and columns of the product that shows how fast this machin
 MATRICES = (nn.Linear, speed.Int8Matrix, speed.Int4Matrix)
 
 
-def measure(models: dict[str, nn.Module], name: str, context: int, plan: Plan) -> dict:
-    """Milliseconds a token of each variant, of its parts, and the memory's speed."""
+def measure(models: dict[str, nn.Module], name: str, plan: Plan) -> list[dict]:
+    """For each context: milliseconds a token of each variant and of its parts, all by turns."""
     vocab = TINY["vocab_size"] if name == "tiny" else 49152
-    prompt_1T = torch.randint(0, vocab, (1, context), generator=torch.Generator().manual_seed(0))
-    lines = [Line(model, variant, prompt_1T) for variant, model in models.items()]
-    parts = {line.variant: ([], []) for line in lines if "compiled" not in line.variant}
+    seed = torch.Generator().manual_seed(0)
+    text_1T = torch.randint(0, vocab, (1, max(plan.contexts)), generator=seed)
+    lines = [
+        (context, Line(model, variant, text_1T[:, :context]))
+        for context in plan.contexts
+        for variant, model in models.items()
+    ]
+    parts = {line: ([], []) for _, line in lines if "compiled" not in line.variant}
     numbers, reads = torch.ones(plan.n_read, dtype=torch.int64), []
     square, squares = torch.zeros(SQUARE, SQUARE, dtype=torch.bfloat16), []
     for _ in range(plan.rounds):
         reads.append(seconds(numbers.sum))
         squares.append(seconds(lambda: square @ square))
-        for line in lines:
+        for _, line in sorted(lines, key=lambda one: list(models).index(one[1].variant)):
             line.ms += [1000 * line.step() for _ in range(plan.tokens)]
-            if line.variant in parts:
-                parts[line.variant][0].append(line.products_ms())
-                parts[line.variant][1].append(line.attention_ms())
+            if line in parts:
+                parts[line][0].append(line.products_ms())
+                parts[line][1].append(line.attention_ms())
     gb_s = numbers.nbytes / statistics.median(reads) / 1e9
-    found = {}
-    for line in lines:
+    found: dict[int, dict] = {context: {} for context in plan.contexts}
+    for context, line in lines:
         n_weights, n_cached = bytes_read(line.model), sum(c.n_bytes() for c in line.cache)
-        found[line.variant] = {
+        found[context][line.variant] = {
             "ms": round(statistics.median(line.ms), 3),
             "all_ms": [round(ms, 3) for ms in line.ms],
             "first_s": round(line.first_s, 2),
             "weight_bytes": n_weights,
+            "cache_bytes": n_cached,
             "floor_ms": round((n_weights + n_cached) / gb_s / 1e6, 3),
         }
-        if line.variant in parts:
-            products, attention = parts[line.variant]
-            found[line.variant] |= {
+        if line in parts:
+            products, attention = parts[line]
+            found[context][line.variant] |= {
                 "products_ms": round(statistics.median(products), 3),
                 "attention_ms": round(statistics.median(attention), 3),
             }
-    return {
-        "model": name,
-        "context": context,
-        "read_gb_s": round(gb_s, 2),
-        "matmul_gflop_s": round(2e-9 * SQUARE**3 / statistics.median(squares), 1),
-        "variants": found,
-    }
+    return [
+        {
+            "model": name,
+            "context": context,
+            "read_gb_s": round(gb_s, 2),
+            "matmul_gflop_s": round(2e-9 * SQUARE**3 / statistics.median(squares), 1),
+            "variants": variants,
+        }
+        for context, variants in found.items()
+    ]
 
 
 def bytes_read(model: nn.Module) -> int:
@@ -225,9 +236,9 @@ def main() -> None:
     runs = []
     for name in plan.models:
         models = {variant: build(name, variant) for variant in VARIANTS}
-        for context in plan.contexts:
-            runs.append(measure(models, name, context, plan))
-            print_run(runs[-1])
+        for run in measure(models, name, plan):
+            runs.append(run)
+            print_run(run)
     record = {"environment": environment(torch.device("cpu")), "settings": asdict(plan)}
     save_json(args.out or result_path(__file__, args.smoke), record | {"runs": runs})
 

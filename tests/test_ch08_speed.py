@@ -124,8 +124,10 @@ def test_whether_parts_are_faster_is_tried(slow, faster, monkeypatch):
         return product(*arguments)
 
     monkeypatch.setattr(module, slow, late)
-    speed.parts_are_faster.cache_clear()
-    assert speed.parts_are_faster() is faster
+    for threads, answer in ((2, faster), (1, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        speed.parts_are_faster.cache_clear()
+        assert speed.parts_are_faster() is answer
     speed.parts_are_faster.cache_clear()
 
 

@@ -56,3 +56,10 @@ def test_which_products_are_fast_depends_on_the_processor() -> None:
         assert list(here) == list(token_time.VARIANTS)
         assert here["bfloat16, mv"] > here["bfloat16"] and amx["bfloat16, mv"] < amx["bfloat16"]
         assert here[OWN] < 0.5 * here[AROUND_MV] and amx[OWN] > amx[AROUND_MV]
+
+
+def test_float32_in_parts_and_compiled() -> None:
+    """Both threads at work gain most; the compiler's products gain less upon that."""
+    for ms in milliseconds("token_time.json").values():
+        assert ms["float32, compiled, its own products"] < ms["float32, in parts"]
+        assert ms["float32, in parts"] < 0.7 * ms["float32"]
