@@ -151,8 +151,7 @@ def make_faster(model: nn.Module, compile: bool, two_step: bool) -> None:
         if dtype in tried and tried[dtype]():
             speed.vector_products(model)
     if dtype == torch.bfloat16:
-        decode.short_norms(decode.grouped_attention(model))
-    prompt.block_attention(model)
+        decode.short_norms(prompt.block_attention(decode.grouped_attention(model)))
     if any(hasattr(module, "experts") for module in model.modules()):
         from ch08_full_models import experts  # imports four families: only where it is of use
 

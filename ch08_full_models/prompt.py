@@ -10,7 +10,7 @@ The heads that share a key head are rows of one matrix product, as in decode.py.
 Scores are floats, as in torch's own kernel: those of bfloat16 products are rounded before they are
 exponents, which cost 1.4 times the divergence from the float32 model when it was tried.
 
-`load` takes this on a CPU. Narrow heads without a window stay with torch's kernel,
+`load` takes this on a CPU, in bfloat16. Narrow heads without a window stay with torch's kernel,
 which is as fast for them, and so do scores that are bent (Gemma 2) or latent (DeepSeek).
 `python -m ch08_full_models.prompt_time` measures both.
 
