@@ -7,8 +7,8 @@ window hides nearly all of a long text: with 4,096 tokens and a window of 512, 7
 computed for nothing. Here 128 queries at a time meet the keys that at least one of them may see.
 The heads that share a key head are rows of one matrix product, as in decode.py.
 
-Scores are floats, as in torch's own kernel: those of bfloat16 products are rounded before they are
-exponents, which cost 1.4 times the divergence from the float32 model when it was tried.
+Scores are floats, as in torch's own kernel. A product in bfloat16 would round them before they are
+exponents, and what is off by a tenth there is off by a tenth of the weight.
 
 `load` takes this on a CPU, in bfloat16. Narrow heads without a window stay with torch's kernel,
 which is as fast for them, and so do scores that are bent (Gemma 2) or latent (DeepSeek).

@@ -10,10 +10,9 @@ A token of decoding reads every weight once. So its time is the bytes of the wei
 of memory, and what some two thousand small operations cost besides. These steps work on the first
 part. `load` takes the first step on a CPU where it is faster than torch's linear: for bfloat16 on
 some processors, for float32 where torch leaves the product to one thread. It changes results no
-more than rounding does. Its integers are fitted to the weights
-alone; `quantize` with some text fits them to what the matrices are multiplied by. What that gains,
-and what each choice costs in quality, is in quality.py; `python -m ch08_full_models.benchmark`
-measures the rest.
+more than rounding does. Its integers are fitted to the weights alone; `quantize` with some text
+fits them to what the matrices are multiplied by. What that gains, and what each choice costs in
+quality, is in quality.py; `python -m ch08_full_models.benchmark` measures the rest.
 
     D  columns of a matrix, its input   N  rows of a matrix, its output
     G  groups of columns that share a scale   C  columns in a group

@@ -37,15 +37,18 @@ MODELS = {  # windows and chunks are shorter than the texts; every family withou
 }  # fmt: skip
 
 
-def small_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def random_model(family, sizes: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model with random weights, large enough that its logits differ."""
     torch.manual_seed(0)
-    family, sizes = MODELS[name]
     model = family.Transformer(family.Config(**sizes)).eval()
     for param in model.parameters():
         if param.ndim > 1:
             param.data.normal_(std=0.2)
     return model.to(dtype)
+
+
+def small_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return random_model(*MODELS[name], dtype)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ch08_full_models.speed import (
     weight_bytes,
 )
 from tests.parity import reference
-from tests.test_ch08_decode import step_by_step
+from tests.test_ch08_decode import random_model, step_by_step
 from tests.test_ch08_offload import CONFIGS, logits, tight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,14 +233,9 @@ def test_training_is_the_family_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
     sizes = {"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 96}
-    cfg = qwen3.Config(**SIZES, **sizes, vocab_size=97, sparse=(False, True, True), d_shared=64)
-    model = qwen3.Transformer(cfg).eval()
-    for param in model.parameters():
-        if param.ndim > 1:
-            param.data.normal_(std=0.2)
-    return model.to(dtype)
+    sizes |= SIZES | {"vocab_size": 97, "sparse": (False, True, True), "d_shared": 64}
+    return random_model(qwen3, sizes, dtype)
 
 
 def test_nothing_is_copied_and_all_is_undone() -> None:
@@ -356,31 +351,22 @@ MODELS: dict[str, tuple[ModuleType, dict]] = {
 }
 
 
-def whole_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    family, sizes = MODELS[name]
-    model = family.Transformer(family.Config(**sizes)).eval()
-    for param in model.parameters():
-        if param.ndim > 1:
-            param.data.normal_(std=0.2)
-    return model.to(dtype)
-
-
 @pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compiled_step_keeps_the_logits(name: str, kind: str | None) -> None:
     """With the compiler's products and torch's; and all of it undone but for where weights lie."""
-    model = whole_model(name)
+    model = random_model(*MODELS[name])
     model = fast_experts(quantize(model, kind) if kind else model)
     tokens_BT = torch.randint(0, 96, (1, 14))
     right, classes = step_by_step(model, tokens_BT), [type(m) for m in model.modules()]
     n_bytes = weight_bytes(model)
     for own_products in (False, True):
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         compiled_steps(model, "eager", own_products)
         assert any(isinstance(m, experts.StepMoE) for m in model.modules())
         found = step_by_step(model, tokens_BT)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
         assert error(found, right) < 1e-5
         plain_decode(model)
         assert [type(m) for m in model.modules()] == classes
@@ -434,7 +420,7 @@ def test_experts_lie_together_once(kind: str | None) -> None:
 
 def test_experts_of_four_bits_are_not_compiled() -> None:
     with pytest.raises(ValueError, match="4 bits"):
-        compiled_steps(quantize(whole_model("mixtral", torch.bfloat16), "int4"), "eager")
+        compiled_steps(quantize(random_model(*MODELS["mixtral"], torch.bfloat16), "int4"), "eager")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -442,7 +428,7 @@ def test_generated_code_keeps_the_logits(dtype: str, monkeypatch: pytest.MonkeyP
     """With the real compiler."""
     # torch's compiler imports setuptools, which objects if a test before has imported distutils.
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    model, tokens_BT = whole_model("qwen3", DTYPES[dtype]), torch.randint(0, 96, (1, 10))
+    model, tokens_BT = random_model(*MODELS["qwen3"], DTYPES[dtype]), torch.randint(0, 96, (1, 10))
     right = step_by_step(model, tokens_BT)
     torch.compiler.reset()
     found = step_by_step(compiled_steps(model, own_products=True), tokens_BT)
