@@ -23,9 +23,11 @@ products and nothing else, as experts.py makes them: the least that it can take.
     python -m ch08_full_models.experts_demo --smoke    the same in seconds, tiny
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -34,12 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ch01_gpt2.notebook import table
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch08_full_models.decode import one_function, step_products
 from ch08_full_models.experts import fast_experts, step_experts
 from ch08_full_models.qwen3 import Config, MoE
 from ch08_full_models.speed import mv_is_faster, parts_are_faster, vector_product, vector_products
-from ch08_full_models.token_time import arguments
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,11 @@ def print_result(result: dict) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, __file__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
+    args = parser.parse_args()
+    args.out = args.out or result_path(__file__, args.smoke)
     plan = SMOKE if args.smoke else Plan()
     results = []
     for dtype_name in plan.dtypes:

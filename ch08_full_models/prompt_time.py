@@ -7,19 +7,21 @@ Both sides are bfloat16 on a CPU and read the same random tokens by turns, with 
 first turn does not count. What is given is the median of the others.
 """
 
+import argparse
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ch01_gpt2.train import environment, save_json
+from ch01_gpt2.train import environment, result_path, save_json
 from ch08_full_models import gemma3
 from ch08_full_models.checkpoint import load
 from ch08_full_models.decode import grouped_attention, plain_decode, short_norms
 from ch08_full_models.prompt import block_attention
-from ch08_full_models.token_time import arguments, seconds
+from ch08_full_models.token_time import seconds
 
 SIDES = ("torch's kernel", "in blocks")
 
@@ -69,7 +71,10 @@ def measure(name: str, n: int, rounds: int, models: dict[str, nn.Module]) -> dic
 
 @torch.inference_mode()
 def main() -> None:
-    args = arguments(__doc__, __file__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
+    args = parser.parse_args()
     plan, runs = SMOKE if args.smoke else Plan(), []
     for name in plan.models:
         models = {side: build(name, side) for side in SIDES}
@@ -78,7 +83,7 @@ def main() -> None:
             ms = runs[-1]["ms"]
             print(f"{name:14}{n:6} tokens", *(f"{s} {ms[s]:9.1f} ms" for s in SIDES), sep="   ")
     record = {"environment": environment(torch.device("cpu")), "settings": asdict(plan)}
-    save_json(args.out, record | {"runs": runs})
+    save_json(args.out or result_path(__file__, args.smoke), record | {"runs": runs})
 
 
 if __name__ == "__main__":

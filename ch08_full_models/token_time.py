@@ -226,19 +226,12 @@ def print_run(run: dict) -> None:
               f"{parts[0]:>10}{parts[1]:>11}", flush=True)  # fmt: skip
 
 
-def arguments(doc: str, file: str) -> argparse.Namespace:
-    """What the command line of a script says: smoke, and out, the JSON to write."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny, to see that it works")
     parser.add_argument("--out", type=Path, help="the JSON to write")
     args = parser.parse_args()
-    args.out = args.out or result_path(file, args.smoke)
-    return args
-
-
-@torch.inference_mode()
-def main() -> None:
-    args = arguments(__doc__, __file__)
     plan = SMOKE if args.smoke else Plan()
     runs = []
     for name in plan.models:
@@ -247,7 +240,7 @@ def main() -> None:
             runs.append(run)
             print_run(run)
     record = {"environment": environment(torch.device("cpu")), "settings": asdict(plan)}
-    save_json(args.out, record | {"runs": runs})
+    save_json(args.out or result_path(__file__, args.smoke), record | {"runs": runs})
 
 
 if __name__ == "__main__":
